@@ -1,0 +1,30 @@
+"""Recipes (YAML with dotted overrides) and the DeepSpeed JSON, read, checked and frozen.
+
+    cfg = load_recipe(RunConfig, Path("launch/recipes/demo.yaml"), ["train.max_steps=20"])
+    ds = load_deepspeed(Path("ds_configs/zero3.json"), world_size=8)
+    check(cfg, ds)
+
+Imports neither torch nor DeepSpeed.
+"""
+
+from phi3v.config.check import check, metric_names, pattern_fields
+from phi3v.config.deepspeed import DeepSpeedConfig, default_deepspeed, load_deepspeed
+from phi3v.config.load import differing_keys, dump_yaml, load_recipe, to_dict
+from phi3v.config.schema import MODULES, DatasetConfig, Module, RunConfig
+
+__all__ = [
+    "MODULES",
+    "DatasetConfig",
+    "DeepSpeedConfig",
+    "Module",
+    "RunConfig",
+    "check",
+    "default_deepspeed",
+    "differing_keys",
+    "dump_yaml",
+    "load_deepspeed",
+    "load_recipe",
+    "metric_names",
+    "pattern_fields",
+    "to_dict",
+]

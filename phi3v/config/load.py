@@ -1,0 +1,266 @@
+"""Read a recipe: YAML file, then dotted overrides, into the frozen dataclasses of `schema.py`.
+
+    cfg = load_recipe(RunConfig, Path("launch/recipes/demo.yaml"), ["train.max_steps=20"])
+
+Defaults give way to the file, the file to the overrides. What the schema does not know, or knows
+as another type, is refused by its full dotted key. Two traps of YAML are met here: PyYAML follows
+YAML 1.1, which reads `2e-5` as a text (accepted where a float is due), and it lets the second of
+two equal keys win silently (refused).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from phi3v.config.names import nearest
+from phi3v.config.schema import DatasetConfig, RunConfig
+from phi3v.errors import ConfigError
+
+Recipe = TypeVar("Recipe", RunConfig, DatasetConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """Where values came from, so that an error can say where to look."""
+
+    root: type
+    """The recipe's class: what keys there are."""
+
+    file: Path
+    """The recipe file."""
+
+    overrides: dict[str, str]
+    """Overrides as they were given, by their key."""
+
+    def of(self, key: str) -> str:
+        """Name the place that set `key`: the last override of it or its section, or the file."""
+        for overridden, text in reversed(self.overrides.items()):
+            if f"{key}.".startswith((f"{overridden}.", f"{overridden}[")):
+                return f"override {text!r}"
+        return str(self.file)
+
+    def of_section(self, prefix: str) -> str:
+        """Name all that set a section's values: "demo.yaml with optim.lr=-1"."""
+        texts = [text for key, text in self.overrides.items() if key.startswith(prefix)]
+        return f"{self.file} with {', '.join(texts)}" if texts else str(self.file)
+
+
+def load_recipe(cls: type[Recipe], path: Path, overrides: Sequence[str]) -> Recipe:
+    """Read the recipe at `path`, apply `overrides` (`section.key=value`) and build a `cls`.
+
+    Raises: ConfigError naming the file or override, and the full key.
+    """
+    tree = _read_mapping(path)
+    parsed = [_parse_override(text) for text in overrides]
+    for (key, value), text in zip(parsed, overrides, strict=True):
+        tree = _with(tree, key, value, text)
+    texts = {key: text for (key, _), text in zip(parsed, overrides, strict=True)}
+    recipe: Recipe = _build(cls, tree, "", _Origin(root=cls, file=path, overrides=texts))
+    return recipe
+
+
+def to_dict(cfg: RunConfig | DatasetConfig) -> dict[str, Any]:
+    """Turn a recipe into plain values that YAML and JSON can hold."""
+    plain: dict[str, Any] = _plain(cfg)
+    return plain
+
+
+def dump_yaml(cfg: RunConfig | DatasetConfig) -> str:
+    """Write a recipe as YAML with every key; `load_recipe` reads the same recipe from it."""
+    return yaml.safe_dump(to_dict(cfg), sort_keys=False, width=100)
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """List the dotted keys whose values differ, or that only one of two recipes has.
+
+    Example: {"optim": {"lr": 1.0}} and {"optim": {"lr": 2.0}} give ["optim.lr"].
+    """
+    left, right = dict(_flatten(a)), dict(_flatten(b))
+    keys = dict.fromkeys([*left, *right])
+    return [key for key in keys if left.get(key, MISSING) != right.get(key, MISSING)]
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"recipe {path} does not exist; name a YAML file, see launch/recipes/")
+    content = path.read_bytes()
+    try:
+        _refuse_duplicates(yaml.compose(content, Loader=yaml.SafeLoader))
+        tree = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+        raise ConfigError(f"{path} is not valid YAML{_describe(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, got {_show(tree)}")
+    return tree
+
+
+def _refuse_duplicates(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item)
+    if isinstance(node, yaml.MappingNode):
+        _refuse_same_keys([key for key, _ in node.value])
+        for _, value in node.value:
+            _refuse_duplicates(value)
+
+
+def _refuse_same_keys(keys: Sequence[yaml.Node]) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if str(key.value) in seen:
+            problem = f"key {key.value!r} is there twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        seen.add(str(key.value))
+
+
+def _describe(error: yaml.YAMLError | ValueError) -> str:
+    """Say where and why YAML could not be read: " at line 3: found character ..."."""
+    mark = getattr(error, "problem_mark", None)
+    line = f" at line {mark.line + 1}" if mark else ""
+    return f"{line}: {_problem(error)}"
+
+
+def _problem(error: yaml.YAMLError | ValueError) -> str:
+    """Give the one line of YAML's message that says what is wrong."""
+    text = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return str(text)
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"override {text!r} must have the form section.key=value")
+    try:
+        return key, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"the value of override {text!r} is not valid YAML: {_problem(error)}; put it in quotes"
+        ) from None
+
+
+def _with(tree: Mapping[str, Any], key: str, value: Any, text: str) -> dict[str, Any]:
+    """Copy the tree with one override's value in it, opening the sections on the way."""
+    name, dot, rest = key.partition(".")
+    if not dot:
+        return {**tree, name: value}
+    section = {} if tree.get(name) is None else tree[name]
+    if not isinstance(section, dict):
+        raise ConfigError(f"override {text!r} sets a key of {name!r}, which is {_show(section)}")
+    return {**tree, name: _with(section, rest, value, text)}
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, origin: _Origin) -> Any:
+    """Build one section, and the sections in it, from its part of the tree."""
+    hints = get_type_hints(cls)
+    for name in tree:
+        if name not in hints:
+            raise _unknown_key(str(name), prefix, list(hints), origin)
+    values = {}
+    for field in fields(cls):
+        key, kind = prefix + field.name, hints[field.name]
+        if field.name in tree or is_dataclass(kind):
+            values[field.name] = _cast(tree.get(field.name), kind, key, origin)
+        elif field.default is MISSING:
+            raise ConfigError(
+                f"missing key {key!r} in {origin.file}; write it there or add {key}=VALUE"
+            )
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {origin.of_section(prefix)})") from None
+
+
+def _unknown_key(name: str, prefix: str, names: list[str], origin: _Origin) -> ConfigError:
+    """Explain an unknown key: the same name in another section, or a similar one in this."""
+    key = prefix + name
+    moved = [other for other in _value_keys(origin.root, "") if other.endswith(f".{name}")]
+    hint = f"did you mean {moved[0]!r}?" if moved else nearest(name, names, prefix)
+    return ConfigError(f"unknown key {key!r} in {origin.of(key)}; {hint}")
+
+
+def _value_keys(cls: type, prefix: str) -> Iterator[str]:
+    """List the full keys of all values, not of sections."""
+    for name, kind in get_type_hints(cls).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _value_keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
+    """Turn a YAML value into the type that the schema asks for, or refuse it."""
+    options = get_args(kind)
+    if is_dataclass(kind):
+        return _cast_section(value, kind, key, origin)
+    if NoneType in options:
+        (inner,) = (option for option in options if option is not NoneType)
+        return None if value is None else _cast(value, inner, key, origin)
+    if get_origin(kind) is Literal:
+        return _cast_choice(value, options, key, origin)
+    if get_origin(kind) is tuple:
+        return _cast_list(value, options[0], key, origin)
+    if kind is float:
+        return _cast_float(value, key, origin)
+    if type(value) is not kind:
+        raise _wrong_type(value, kind.__name__, key, origin)
+    return value
+
+
+def _cast_section(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
+    if value is not None and not isinstance(value, dict):
+        raise _wrong_type(value, "a section with keys of its own", key, origin)
+    return _build(kind, value or {}, f"{key}.", origin)
+
+
+def _cast_choice(value: Any, choices: tuple[str, ...], key: str, origin: _Origin) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise _wrong_type(value, f"one of {', '.join(choices)}", key, origin)
+    return value
+
+
+def _cast_list(value: Any, kind: Any, key: str, origin: _Origin) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _wrong_type(value, "a list, [a, b]", key, origin)
+    return tuple(_cast(item, kind, f"{key}[{i}]", origin) for i, item in enumerate(value))
+
+
+def _cast_float(value: Any, key: str, origin: _Origin) -> float:
+    """Accept a number, or the text `2e-5`; refuse booleans, nan and infinity."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise _wrong_type(value, "float", key, origin)
+    return number
+
+
+def _wrong_type(value: Any, expected: str, key: str, origin: _Origin) -> ConfigError:
+    hint = "; put it in quotes" if expected == "str" and value is not None else ""
+    place = origin.of(key)
+    return ConfigError(f"{key} must be {expected}, got {_show(value)} in {place}{hint}")
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

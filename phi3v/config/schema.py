@@ -1,0 +1,400 @@
+"""Every key of the two kinds of recipe, with its type, default, unit and own checks.
+
+`RunConfig` is what `launch/train.py` reads, `DatasetConfig` what `launch/prepare.py` reads. Each is
+a tree of frozen dataclasses, one per YAML section; `load_recipe` builds it and nobody changes it
+afterwards. A class checks its own values; what needs two sections is checked in `check.py`.
+
+A section's key is written with dots everywhere a user meets it: `optim.lr`, `train.max_steps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from phi3v.errors import ConfigError
+
+Module = Literal["vision", "projector", "language", "embeddings", "head"]
+"""The parts of the model that have their own learning rate and can be frozen."""
+
+MODULES: tuple[Module, ...] = get_args(Module)
+
+LR_FIELDS: dict[Module, str] = {
+    "vision": "vision_lr",
+    "projector": "projector_lr",
+    "language": "lr",
+    "embeddings": "embedding_lr",
+    "head": "head_lr",
+}
+"""The field of `OptimSection` that holds each module's learning rate."""
+
+
+def _at_least(low: int | float, **values: int | float | None) -> None:
+    """Refuse a value under `low`; keys are written `section__field`, None passes."""
+    for name, value in values.items():
+        if value is not None and value < low:
+            raise ConfigError(f"{_dotted(name)} must be at least {low}, got {value!r}")
+
+
+def _above_zero(hint: str, **values: float | None) -> None:
+    """Refuse a value that is not above 0, and say with `hint` what to write instead."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"{_dotted(name)} must be above 0, got {value!r}; {hint}")
+
+
+def _filled(**values: str | None) -> None:
+    """Refuse an empty text; None passes."""
+    for name, value in values.items():
+        if value is not None and not value.strip():
+            raise ConfigError(f"{_dotted(name)} must not be empty, got {value!r}")
+
+
+def _distinct(**values: Collection[str]) -> None:
+    """Refuse a list that holds an entry twice."""
+    for name, entries in values.items():
+        twice = [entry for entry in dict.fromkeys(entries) if list(entries).count(entry) > 1]
+        if twice:
+            raise ConfigError(f"{_dotted(name)} holds {twice[0]!r} twice; keep one")
+
+
+def _dotted(name: str) -> str:
+    return name.replace("__", ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    out: str
+    """Run folder: resolved config, metrics, checkpoints, report."""
+
+    seed: int = 0
+    """Decides the order of samples and everything random in training."""
+
+    def __post_init__(self) -> None:
+        _filled(run__out=self.out)
+        _at_least(0, run__seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    path: str
+    """Hugging Face folder or hub name to start from."""
+
+    attention: Literal["auto", "sdpa"] = "auto"
+    """auto: the fastest kernel present; sdpa: torch's own, one call per segment."""
+
+    checkpointing: Literal["none", "full"] = "none"
+    """full: recompute each layer in the backward pass; less memory, about a third more compute."""
+
+    freeze: tuple[Module, ...] = ()
+    """Modules whose parameters stay as they are."""
+
+    def __post_init__(self) -> None:
+        _filled(model__path=self.path)
+        _distinct(model__freeze=self.freeze)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    shards: str
+    """Dataset folder that `launch/prepare.py` wrote."""
+
+    max_tokens: int = 8192
+    """Tokens in one pack at most; longer samples cannot be trained on."""
+
+    max_views: int = 64
+    """Views (crops and global thumbnails) in one pack at most."""
+
+    window: int = 1024
+    """Samples the packer looks ahead; more fill packs better and mix the order less."""
+
+    def __post_init__(self) -> None:
+        _filled(data__shards=self.shards)
+        _at_least(
+            1,
+            data__max_tokens=self.max_tokens,
+            data__max_views=self.max_views,
+            data__window=self.window,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    lr: float
+    """Peak learning rate of the language layers, and of every module without its own."""
+
+    vision_lr: float | None = None
+    """Peak learning rate of the vision tower; default `lr`."""
+
+    projector_lr: float | None = None
+    """Peak learning rate of the projector; default `lr`."""
+
+    embedding_lr: float | None = None
+    """Peak learning rate of the token embeddings; default `lr`."""
+
+    head_lr: float | None = None
+    """Peak learning rate of the output head; default `lr`."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay, as in AdamW: a step shrinks a weight by lr * weight_decay of it."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rates from the end of the warmup to the last step."""
+
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise from 0 to their peaks."""
+
+    min_lr_ratio: float = 0.0
+    """Learning rate at the last step, as a share of the peak; 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _above_zero(
+            "to keep a module as it is, name it in model.freeze",
+            **{f"optim__{name}": getattr(self, name) for name in LR_FIELDS.values()},
+        )
+        _at_least(
+            0,
+            optim__weight_decay=self.weight_decay,
+            optim__warmup_steps=self.warmup_steps,
+        )
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(
+                f"optim.min_lr_ratio must be a share from 0 to 1, got {self.min_lr_ratio!r}"
+            )
+
+    def peak_lr(self, module: Module) -> float:
+        """Give the peak learning rate of one module: its own, or `lr`."""
+        own: float | None = getattr(self, LR_FIELDS[module])
+        return self.lr if own is None else own
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    max_steps: int | None = None
+    """Length of the run in optimizer steps; either this or `epochs`."""
+
+    epochs: int | None = None
+    """Length of the run in passes over the training samples; either this or `max_steps`."""
+
+    def __post_init__(self) -> None:
+        if (self.max_steps is None) == (self.epochs is None):
+            both = f"both, {self.max_steps} and {self.epochs}"
+            raise ConfigError(
+                "exactly one of train.max_steps and train.epochs must be set, got "
+                f"{'neither' if self.epochs is None else both}"
+            )
+        _at_least(1, train__max_steps=self.max_steps, train__epochs=self.epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection:
+    every: int = 0
+    """Steps between evaluations; 0: only at the end."""
+
+    rows: int = 256
+    """Held-out rows that are answered; 0: no evaluation."""
+
+    split: str = "validation"
+    """Split of the dataset that is answered."""
+
+    metrics: tuple[str, ...] = ("exact_match",)
+    """exact_match, parse_rate, or FIELD_accuracy, FIELD_exact_match, FIELD_exact_match_unseen and
+    FIELD_mape, where FIELD is named in `pattern`."""
+
+    pattern: str | None = None
+    """What an answer looks like: "Product: {title}, Full Price: {price:float}"."""
+
+    blind: bool = True
+    """Answer the rows a second time with their images exchanged: what the images are worth."""
+
+    max_new_tokens: int = 64
+    """Tokens of one answer at most."""
+
+    batch_rows: int = 32
+    """Rows answered at once by one rank."""
+
+    def __post_init__(self) -> None:
+        _filled(eval__split=self.split, eval__pattern=self.pattern)
+        _distinct(eval__metrics=self.metrics)
+        _at_least(0, eval__every=self.every, eval__rows=self.rows)
+        _at_least(1, eval__max_new_tokens=self.max_new_tokens, eval__batch_rows=self.batch_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+
+    keep: int = 3
+    """Newest checkpoints that are kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSection:
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline writes to the run folder only; `wandb sync` uploads it later."""
+
+    project: str = "phi3v"
+    """Project under which the run appears."""
+
+    def __post_init__(self) -> None:
+        _filled(wandb__project=self.project)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugSection:
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time; slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run; batch sizes, precision and optimizer type are the DeepSpeed JSON's."""
+
+    run: RunSection
+    """Where the run is written, and its seed."""
+
+    model: ModelSection
+    """What is trained."""
+
+    data: DataSection
+    """What it is trained on, and how large a pack is."""
+
+    optim: OptimSection
+    """Learning rates, their schedule, weight decay."""
+
+    train: TrainSection
+    """How long."""
+
+    eval: EvalSection = EvalSection()
+    """How answers on held-out rows are generated and measured."""
+
+    checkpoint: CheckpointSection = CheckpointSection()
+    """How often the run is saved, and what is kept."""
+
+    wandb: WandbSection = WandbSection()
+    """Whether Weights & Biases is told."""
+
+    deepspeed: str | None = None
+    """Path of the DeepSpeed JSON; default: zero3.json on CUDA, zero3_cpu.json elsewhere."""
+
+    debug: DebugSection = DebugSection()
+    """Switches for finding out what went wrong."""
+
+    def __post_init__(self) -> None:
+        _filled(deepspeed=self.deepspeed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSection:
+    path: str
+    """Raw rows: a file, a folder saved by `datasets`, or a hub dataset name."""
+
+    format: Literal["columns", "messages", "auto"] = "auto"
+    """columns: `user` and `assistant` below turn a row into one question and answer; messages:
+    rows hold messages and images; auto: columns if those are given, else messages."""
+
+    image_root: str | None = None
+    """Folder where relative image paths start; default: the folder that holds `path`."""
+
+    user: str | None = None
+    """The question; {name} stands for a column, <|image_1|> for the first image. Columns only."""
+
+    assistant: str | None = None
+    """The answer to learn; {name} stands for a column. Columns only."""
+
+    images: tuple[str, ...] = ()
+    """Columns that hold a path, URL, bytes or a datasets Image, in order. Columns only."""
+
+    def __post_init__(self) -> None:
+        _filled(source__path=self.path, source__user=self.user, source__assistant=self.assistant)
+        _distinct(source__images=self.images)
+        if self.format == "messages":
+            self._refuse_columns()
+        elif self.format == "columns" or self._has_columns():
+            self._require_template()
+
+    def _has_columns(self) -> bool:
+        return bool(self.user or self.assistant or self.images)
+
+    def _refuse_columns(self) -> None:
+        for name in ("user", "assistant", "images"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"source.{name} has no meaning with source.format 'messages', got "
+                    f"{getattr(self, name)!r}; remove it, or use format 'columns'"
+                )
+
+    def _require_template(self) -> None:
+        for name in ("user", "assistant"):
+            if getattr(self, name) is None:
+                raise ConfigError(
+                    f"source.{name} is needed to turn columns into messages, got nothing; write "
+                    f"its text with {{column}} names (source.format is {self.format!r})"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSection:
+    validation: float = 0.0
+    """Share of the rows held out, from 0 to below 1."""
+
+    by: str | None = None
+    """Column whose equal values stay on one side of the split; default: each row for itself."""
+
+    seed: int = 0
+    """Decides which rows are held out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ConfigError(
+                f"split.validation must be a share from 0 to below 1, got {self.validation!r}"
+            )
+        _filled(split__by=self.by)
+        _at_least(0, split__seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One dataset: raw rows, and the shards that are made of them."""
+
+    source: SourceSection
+    """Where the rows are and what they look like."""
+
+    model: str
+    """Folder or hub name of the model to be trained; its weights are not needed."""
+
+    out: str
+    """Dataset folder to write."""
+
+    num_crops: int | None = None
+    """Crops of one canvas at most; default: the model's own."""
+
+    split: SplitSection = SplitSection()
+    """What is held out."""
+
+    max_tokens: int | None = None
+    """Tokens of one sample at most, longer ones are rejected; default: no limit."""
+
+    max_rejected: float = 0.05
+    """Share of rejected rows, from 0 to 1, above which nothing is published."""
+
+    shard_bytes: int = 268435456
+    """Size in bytes at which a shard is closed and the next one begun; default 256 MiB."""
+
+    def __post_init__(self) -> None:
+        _filled(model=self.model, out=self.out)
+        _at_least(
+            1,
+            num_crops=self.num_crops,
+            max_tokens=self.max_tokens,
+            shard_bytes=self.shard_bytes,
+        )
+        if not 0 <= self.max_rejected <= 1:
+            raise ConfigError(
+                f"max_rejected must be a share from 0 to 1, got {self.max_rejected!r}"
+            )

@@ -1,0 +1,69 @@
+"""The dataset folder: Arrow streams of samples, an index per split, and the manifest.
+
+A shard is an Arrow IPC *stream* with one record batch per sample, so that a sample is found by its
+byte offset (a stream has no footer; the index holds the offsets) and `datasets.Dataset.from_file`
+opens the file. A folder without a complete manifest is not a dataset.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from phi3v.errors import ShardError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        (
+            "images",
+            pa.list_(
+                pa.struct(
+                    [("height", pa.int32()), ("width", pa.int32()), ("pixels", pa.large_binary())]
+                )
+            ),
+        ),
+        ("meta", pa.string()),
+    ]
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),  # bytes from the start of the shard to the sample's message
+        ("tokens", pa.int32()),
+        ("label_tokens", pa.int32()),
+        ("views", pa.int32()),
+        ("image_sizes", pa.list_(pa.int32())),  # height, width, height, width, ... in pixels
+    ]
+)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a dataset folder's manifest.
+
+    Raises: ShardError if there is none, or it is of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ShardError(
+            f"{folder} holds no {MANIFEST}, so it is no dataset; make it with launch/prepare.py"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ShardError(
+            f"{path} is not valid JSON ({error}); prepare the dataset again"
+        ) from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ShardError(
+            f"{path} has format_version {manifest.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}; prepare the dataset again"
+        )
+    return manifest

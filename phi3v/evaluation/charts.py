@@ -1,0 +1,207 @@
+"""Line charts as inline SVG, without a plotting package.
+
+    svg = line_chart("Loss", [Curve("loss", [(1, 8.1), (2, 7.9)], is_smoothed=True)])
+
+A chart is text of about 10 kB whatever the length of the run: a curve of more than 400 points is
+thinned to the lowest and highest point of each of 200 stretches, so that no spike is lost. The page
+must include `CHART_STYLE` and define the colours `--muted` and `--rule`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import accumulate, chain
+
+WIDTH, HEIGHT = 480, 250  # units of the viewBox; the page scales it to its column
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 10, 40
+NUM_TICKS = 5
+MOST_POINTS = 400
+NUM_STYLES = 6  # the classes s0 ... s5 of lines and k0 ... k5 of their keys
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line of (step, value) points; a smoothed one is drawn over its faint raw line."""
+
+    name: str
+    points: Points
+    is_smoothed: bool = False
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Values `low` to `high` laid on the viewBox from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: Sequence[float]
+
+    def place(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def line_chart(title: str, curves: Sequence[Curve], is_percent: bool = False) -> str:
+    """Draw the curves over the training step as one <figure>; "" where no curve has a point.
+
+    is_percent  values are fractions, and the axis shows them as percent
+    """
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return ""
+    x, y = _axes(list(chain.from_iterable(curve.points for curve in curves)))
+    lines = "".join(_curve(curve, index, x, y) for index, curve in enumerate(curves))
+    return (
+        f"<figure><figcaption>{escape(title)}{_legend(curves)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by step">'
+        f"{_grid(x, y, is_percent)}{lines}</svg></figure>\n"
+    )
+
+
+def smooth(points: Points) -> Points:
+    """Return the mean of each point and its neighbours, about 1/25 of all points.
+
+    The stretch is centred, so a falling curve is not drawn too high as by a running mean. It
+    shortens on both sides towards the start, where curves are steep, and on one towards the end.
+    """
+    widest = len(points) // 50
+    sums = [0.0, *accumulate(value for _, value in points)]
+    means = []
+    for index, (step, _) in enumerate(points):
+        reach = min(widest, index)
+        start, end = index - reach, min(index + reach + 1, len(points))
+        means.append((step, (sums[end] - sums[start]) / (end - start)))
+    return means
+
+
+def short_number(value: float) -> str:
+    """Write a number in a few characters: 1234.5 -> 1,234; 0.05 -> 0.05; 2.1e7 -> 21M."""
+    for unit, suffix in _UNITS:
+        if abs(value) >= unit:
+            divisor = 1e3 if suffix == "k" else unit
+            return f"{value / divisor:.3g}{suffix}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}".replace("e-0", "e-")
+
+
+def _axes(points: Points) -> tuple[_Axis, _Axis]:
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    low, high = _widen(min(steps), max(steps))
+    inside = [tick for tick in _ticks(low, high) if low <= tick <= high]
+    x = _Axis(low, high, LEFT, WIDTH - RIGHT, inside)
+    low, high = _widen(min(values), max(values))
+    if 0 < low < high / 2:  # show zero unless that would flatten the curve
+        low = 0.0
+    ticks = _ticks(low, high)
+    return x, _Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, ticks)
+
+
+def _widen(low: float, high: float) -> tuple[float, float]:
+    """Give a range without extent some: a tenth of the value on each side, or 1 around zero."""
+    if high > low:
+        return low, high
+    margin = abs(low) / 10 or 1.0
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round values from at or below `low` to at or above `high`, e.g. 0, 2, 4, 6, 8."""
+    rough = (high - low) / NUM_TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _grid(x: _Axis, y: _Axis, is_percent: bool) -> str:
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = []
+    for tick, label in zip(y.ticks, _labels(y.ticks, is_percent), strict=True):
+        at = y.place(tick)
+        parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" class="end">{label}</text>')
+    for tick, label in zip(x.ticks, _labels(x.ticks), strict=True):
+        at = x.place(tick)
+        parts.append(f'<path class="axis" d="M{at:.1f} {bottom}v4"/>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" class="middle">{label}</text>')
+    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" class="middle">step</text>')
+    return "".join(parts)
+
+
+def _labels(ticks: Sequence[float], is_percent: bool = False) -> list[str]:
+    """Write ticks in the unit of the largest: 0, 5k, 10k."""
+    if is_percent:
+        return [f"{100 * tick:.4g}%" for tick in ticks]
+    largest = max(abs(tick) for tick in ticks)
+    unit, suffix = next(((u, s) for u, s in _UNITS if largest >= u), (1.0, ""))
+    divisor = 1e3 if suffix == "k" else unit
+    return [f"{tick / divisor:,.4g}{suffix}".replace("e-0", "e-") for tick in ticks]
+
+
+def _curve(curve: Curve, index: int, x: _Axis, y: _Axis) -> str:
+    style = f"s{index % NUM_STYLES}"
+    if not curve.is_smoothed:
+        return _line(curve.points, style, x, y)
+    return _line(curve.points, f"{style} faint", x, y) + _line(smooth(curve.points), style, x, y)
+
+
+def _line(points: Points, style: str, x: _Axis, y: _Axis) -> str:
+    places = [(x.place(step), y.place(value)) for step, value in _thin(points)]
+    if len(places) == 1:
+        return f'<circle class="{style}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>'
+    path = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
+    return f'<polyline class="{style}" points="{path}"/>'
+
+
+def _thin(points: Points) -> Points:
+    """Keep the lowest and the highest point of each stretch, in order."""
+    if len(points) <= MOST_POINTS:
+        return points
+    size = math.ceil(2 * len(points) / MOST_POINTS)
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        stretch = sorted(points[start : start + size], key=lambda point: point[1])
+        kept += sorted({stretch[0], stretch[-1]})
+    return kept
+
+
+def _legend(curves: Sequence[Curve]) -> str:
+    if len(curves) == 1:
+        return ""
+    keys = (
+        f'<span class="key k{index % NUM_STYLES}">{escape(curve.name)}</span>'
+        for index, curve in enumerate(curves)
+    )
+    return f'<span class="legend">{"".join(keys)}</span>'
+
+
+CHART_STYLE = """
+:root { --s0: #2459b8; --s1: #cc5f00; --s2: #25804a; --s3: #8a3fa8; --s4: #00798c; --s5: #a33b55; }
+@media screen and (prefers-color-scheme: dark) { :root { --s0: #7fabff; --s1: #ffa657;
+  --s2: #6fce8d; --s3: #d39bf0; --s4: #5fd0e0; --s5: #ff9db3; } }
+figure { margin: 0; break-inside: avoid; }
+figcaption { font-weight: 600; margin-bottom: 4px; }
+.legend { display: block; font-size: 0.87em; font-weight: 400; }
+.key { display: inline-block; margin-right: 14px; }
+.key::before { content: ""; display: inline-block; width: 18px; margin-right: 6px;
+  border-top: 3px solid; vertical-align: middle; }
+svg { display: block; width: 100%; height: auto; }
+svg text { font-size: 12.5px; fill: var(--muted); font-variant-numeric: tabular-nums; }
+.end { text-anchor: end; } .middle { text-anchor: middle; }
+.grid { stroke: var(--rule); } .axis { stroke: var(--muted); }
+polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.faint { opacity: 0.25; stroke-width: 1; }
+.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); } .s2 { stroke: var(--s2); }
+.s3 { stroke: var(--s3); } .s4 { stroke: var(--s4); } .s5 { stroke: var(--s5); }
+.k0::before { border-color: var(--s0); } .k1::before { border-color: var(--s1); }
+.k2::before { border-color: var(--s2); } .k3::before { border-color: var(--s3); }
+.k4::before { border-color: var(--s4); } .k5::before { border-color: var(--s5); }
+"""

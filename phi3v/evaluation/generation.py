@@ -1,0 +1,113 @@
+"""Answers by generation: greedy, batched, with a KV cache, explicit stop tokens.
+
+No row's answer depends on the rows it shares a batch with: rows that might cross the length where
+the rotary factors change are answered alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from phi3v.model import Phi3VForCausalLM
+from phi3v.processing.images import pixel_values
+from phi3v.progress import progress
+from phi3v.sample import Canvas
+from phi3v.views import ViewSettings
+
+STOP_TOKENS = ("<|end|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked: ids (T,), image k's positions holding -k, and the canvases."""
+
+    ids: np.ndarray
+    images: tuple[Canvas, ...]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model ready to answer; `max_new_tokens` per answer, `batch_rows` prompts at once."""
+
+    model: Phi3VForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    views: ViewSettings
+    max_new_tokens: int
+    batch_rows: int
+
+    def answer(
+        self, prompts: Sequence[Prompt], name: str = "answer", quiet: bool = False
+    ) -> list[str]:
+        """Answer each prompt, in the order given."""
+        answers = [""] * len(prompts)
+        bar = progress(None, name, "row", total=len(prompts), disable=quiet)
+        with bar, torch.inference_mode():
+            for rows in self._batches(prompts):
+                texts = self._answer_batch([prompts[row] for row in rows])
+                for row, text in zip(rows, texts, strict=True):
+                    answers[row] = text
+                bar.update(len(rows))
+        return answers
+
+    def _batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Rows by length, long ones that may change their rotary factors each alone."""
+        lengths = [len(prompt.ids) for prompt in prompts]
+        limit = self.model.config.original_max_position_embeddings - self.max_new_tokens
+        rows = sorted(range(len(prompts)), key=lengths.__getitem__)
+        short = [row for row in rows if lengths[row] <= limit]
+        batches = [
+            short[start : start + self.batch_rows]
+            for start in range(0, len(short), self.batch_rows)
+        ]
+        return batches + [[row] for row in rows if lengths[row] > limit]
+
+    def _answer_batch(self, prompts: Sequence[Prompt]) -> list[str]:
+        ids, mask = pad_left([prompt.ids for prompt in prompts], self.pad_id)
+        device = self.model.device
+        generated = self.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            **self._pictures([image for prompt in prompts for image in prompt.images]),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.pad_id,
+        )
+        return [self._text(row) for row in generated[:, ids.shape[1] :].tolist()]
+
+    def _pictures(self, images: Sequence[Canvas]) -> dict[str, Tensor]:
+        if not images:
+            return {}
+        canvases = [np.array(image.pixels) for image in images]
+        size, device = self.views.crop_size, self.model.device
+        slots = 1 + max(c.shape[0] * c.shape[1] // size**2 for c in canvases)
+        values = pixel_values(canvases, slots, self.views)
+        sizes = torch.tensor([canvas.shape[:2] for canvas in canvases])
+        return {"pixel_values": values.to(device), "image_sizes": sizes.to(device)}
+
+    def _text(self, ids: list[int]) -> str:
+        stops = [position for position, token in enumerate(ids) if token in self.stop_ids]
+        return self.tokenizer.decode(ids[: stops[0]] if stops else ids).strip()
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS]
+
+    @property
+    def pad_id(self) -> int:
+        return self.stop_ids[-1]
+
+
+def pad_left(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Stack prompts of different lengths: ids and attention mask, both (B, T) int64."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.from_numpy(row.astype(np.int64))
+        mask[index, width - len(row) :] = 1
+    return ids, mask

@@ -1,0 +1,7 @@
+"""Phi-3-Vision on transformers' layers: configuration, vision, rotary, attention, model."""
+
+from phi3v.model.attention import ATTENTION
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.phi3v import Phi3VForCausalLM
+
+__all__ = ["ATTENTION", "Phi3VConfig", "Phi3VForCausalLM"]

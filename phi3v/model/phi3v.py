@@ -1,0 +1,314 @@
+"""Phi-3-Vision as a transformers model: `from_pretrained`, `save_pretrained`, `generate`.
+
+Composed of transformers' Phi-3 and CLIP layers under the published parameter names. Ours are the
+image embedding, the choice of rotary factors, the mask, the packed forward and the loss.
+
+Letters: B sequences, T tokens, N views, I images, D width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
+
+from phi3v.geometry import Grid, grid_of
+from phi3v.model.attention import ATTENTION, padding_mask
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.rotary import rotary
+from phi3v.model.vision import ImageEmbedding
+from phi3v.sample import IGNORED
+
+
+class Phi3VPreTrainedModel(PreTrainedModel):
+    config: Phi3VConfig
+    config_class = Phi3VConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        # Whatever a folder or caller asks for, the layers call our function: only it knows packs.
+        config._attn_implementation = ATTENTION
+        config.vision_config._attn_implementation = "sdpa"
+
+
+class Phi3VModel(Phi3VPreTrainedModel):
+    """Embeddings, images in their places, decoder layers, final norm."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.vision_embed_tokens = ImageEmbedding(config)
+        self.layers = nn.ModuleList(
+            Phi3DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, input_ids: Tensor, views: Tensor | None, grids: Sequence[Grid]) -> Tensor:
+        """Token embeddings, with the images' vectors where the ids are negative.
+
+        input_ids  (B, T); the negative ones take the images in the order of `grids`
+        views      (N, 3, size, size), or None without images
+        returns    (B, T, D)
+        """
+        embedded = self.embed_tokens(input_ids.clamp(min=0))
+        if views is None:
+            return embedded
+        images = self.vision_embed_tokens(views, grids).to(embedded.dtype)
+        return embedded.masked_scatter(input_ids[..., None] < 0, images)
+
+    def decode(
+        self,
+        embedded: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        segment_lengths: Sequence[int] | None = None,
+        kept: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run the decoder layers: (B, T, D) -> (B, T, D); `kept` collects each layer's input."""
+        hidden = embedded
+        for layer in self.layers:
+            if kept is not None:
+                kept.append(hidden)
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                segment_lengths=segment_lengths,
+            )
+        return self.norm(hidden)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run a padded batch; arguments as in Phi3VForCausalLM.forward."""
+        if inputs_embeds is None:
+            assert input_ids is not None, "give input_ids or inputs_embeds"
+            views, grids = self.used_views(input_ids, pixel_values, image_sizes)
+            inputs_embeds = self.embed(input_ids, views, grids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        queries, keys = inputs_embeds.shape[1], past + inputs_embeds.shape[1]
+        device = inputs_embeds.device
+        if position_ids is None:
+            position_ids = torch.arange(past, keys, device=device)[None]
+        is_long = self.is_long(int(position_ids.max()) + 1, keys)
+        window = self.config.sliding_window
+        kept: list[Tensor] | None = [] if output_hidden_states else None
+        hidden = self.decode(
+            inputs_embeds,
+            rotary(self.config, position_ids, is_long, inputs_embeds.dtype),
+            padding_mask(attention_mask, queries, keys, window, device),
+            past_key_values,
+            kept=kept,
+        )
+        states = (*kept, hidden) if kept is not None else None
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states
+        )
+
+    def is_long(self, positions: int, keys: int) -> bool:
+        """Whether a padded batch takes the long factors, by the published rule of `rope_length`."""
+        length = keys if self.config.rope_length == "keys" else positions
+        return length > self.config.original_max_position_embeddings
+
+    def used_views(
+        self, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None
+    ) -> tuple[Tensor | None, list[Grid]]:
+        """Drop the zero slots of the published `pixel_values` (I, slots, 3, size, size).
+
+        Raises: ValueError if the images do not fill the negative ids exactly.
+        """
+        places = int((input_ids < 0).sum())
+        if pixel_values is None or image_sizes is None:
+            if places:
+                raise ValueError(
+                    f"input_ids have {places} image positions but pixel_values or image_sizes are "
+                    "missing; pass both as the processor returns them"
+                )
+            return None, []
+        if not places:
+            return None, []
+        size = self.config.vision_config.image_size
+        grids = [grid_of(int(height), int(width), size) for height, width in image_sizes.tolist()]
+        side = self.config.image_side
+        tokens = sum(g.views * side * side + 1 + (g.rows + 1) * side for g in grids)
+        if tokens != places:
+            raise ValueError(
+                f"input_ids have {places} image positions, the images of pixel_values need "
+                f"{tokens}; do not truncate a prompt through its images"
+            )
+        return torch.cat([p[: g.views] for p, g in zip(pixel_values, grids, strict=True)]), grids
+
+
+class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
+    """The published model, called as the published one is.
+
+    input_ids       (B, T); negative ids mark the positions of images
+    pixel_values    (I, slots, 3, size, size), unused slots are ignored
+    image_sizes     (I, 2) height and width of each canvas in pixels
+    labels          (B, T), -100 is not trained
+    returns         logits (B, T, V) in float32; with labels the mean loss over trained positions
+                    (0, with zero gradients, if there is none)
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"model\.vision_embed_tokens\.wte\.weight"]
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        self.model = Phi3VModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        views: Tensor | None = None,
+        grids: Sequence[Grid] = (),
+        segment_lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if segment_lengths is not None:
+            assert input_ids is not None and labels is not None
+            return self.packed_loss(input_ids, labels, segment_lengths, views, grids)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept]).float()
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else mean_loss(logits, labels),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def packed_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        segment_lengths: Sequence[int],
+        views: Tensor | None,
+        grids: Sequence[Grid],
+    ) -> Tensor:
+        """Sum of the losses of a pack's trained tokens; each sample gets the numbers it gets alone.
+
+        input_ids, labels  (1, T), the samples laid end to end
+        segment_lengths    tokens of each sample
+        views, grids       the images of all samples in order; None for a pack of text, which then
+                           takes a blank view through the tower (see ImageEmbedding.blank)
+        returns            scalar float32, not divided by anything
+
+        Logits are made only at trained positions.
+        """
+        embedded = self.model.embed(input_ids, views, grids)
+        if views is None:
+            embedded = embedded + self.model.vision_embed_tokens.blank().to(embedded.dtype)
+        limit = self.config.original_max_position_embeddings
+        positions = torch.cat([torch.arange(n) for n in segment_lengths])
+        is_long = torch.cat([torch.full((n,), n > limit) for n in segment_lengths])
+        device = embedded.device
+        angles = rotary(
+            self.config, positions[None].to(device), is_long[None].to(device), embedded.dtype
+        )
+        hidden = self.model.decode(embedded, angles, segment_lengths=segment_lengths)
+        targets = next_tokens(labels, segment_lengths)
+        trained = targets != IGNORED
+        logits = self.lm_head(hidden[trained]).float()  # (trained, V)
+        return cross_entropy(logits, targets[trained], reduction="sum")
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Feed images with the prompt only, and start the cache anew where the factors change.
+
+        Keys already in the cache were turned by the short factors; behind the limit the whole
+        sequence, pictures included, is computed again with the long ones.
+        """
+        has_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if has_cache and self._crosses_limit(input_ids, attention_mask):
+            past_key_values, has_cache = None, False
+            kwargs["next_sequence_length"] = None
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        if not has_cache:
+            inputs |= {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        return inputs
+
+    def _crosses_limit(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+        keys = input_ids.shape[1]
+        positions = keys if attention_mask is None else int(attention_mask.sum(1).max())
+        now, before = (self.model.is_long(positions - k, keys - k) for k in (0, 1))
+        return now and not before
+
+
+def next_tokens(labels: Tensor, segment_lengths: Sequence[int]) -> Tensor:
+    """Shift labels so that position t holds the token to be predicted there.
+
+    A sample's first token is nobody's target: in a pack it would be predicted by a neighbour.
+    """
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    last = torch.as_tensor(segment_lengths, device=labels.device).cumsum(0) - 1
+    targets[:, last] = IGNORED
+    return targets
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of a padded batch over its trained positions; 0 if there is none."""
+    targets = next_tokens(labels, [labels.shape[1]]).to(logits.device)
+    total = cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (targets != IGNORED).sum().clamp(min=1)

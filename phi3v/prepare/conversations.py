@@ -1,0 +1,136 @@
+"""From a raw row to a conversation: messages, and where their images are."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phi3v.config.schema import SourceSection
+from phi3v.errors import ConfigError, SampleError
+from phi3v.prepare.sources import Row
+from phi3v.processing.prompt import IMAGE_TAG, Message, image_tags
+
+FIELD = re.compile(r"\{(\w+)\}")
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Checked messages, images numbered 1, 2, ... in order of appearance."""
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[Any, ...]
+
+
+def needed_columns(source: SourceSection) -> list[str]:
+    """Columns that the templates and the images of a `columns` source name."""
+    fields = FIELD.findall((source.user or "") + (source.assistant or ""))
+    return list(dict.fromkeys([*fields, *source.images]))
+
+
+def is_columns(source: SourceSection) -> bool:
+    """Whether rows are made into messages by templates."""
+    return source.format == "columns" or (source.format == "auto" and source.user is not None)
+
+
+def check_columns(source: SourceSection, by: str | None, values: Mapping[str, Any]) -> None:
+    """Refuse a source whose rows lack a column that the recipe names.
+
+    Raises: ConfigError naming the column and those there are.
+    """
+    columns = needed_columns(source) if is_columns(source) else ["messages"]
+    for column in [*columns, *([by] if by else [])]:
+        if column not in values:
+            raise ConfigError(
+                f"{source.path} has no column '{column}', which the recipe names; "
+                f"it has: {', '.join(values)}"
+            )
+
+
+def read_conversation(row: Row, source: SourceSection) -> Conversation:
+    """Turn a row into a conversation.
+
+    Raises: SampleError with the reason if the row cannot be trained on.
+    """
+    if row.fault:
+        raise SampleError(f"the row {row.fault}")
+    values = row.values
+    if is_columns(source):
+        messages = [
+            Message(role="user", content=_fill(source.user or "", values)),
+            Message(role="assistant", content=_fill(source.assistant or "", values)),
+        ]
+        images = [_present(values, column) for column in source.images]
+    else:
+        messages = _read_messages(values.get("messages"))
+        images = values.get("images") or []
+    messages = [_checked(message, position) for position, message in enumerate(messages)]
+    _check_turns(messages)
+    name = values.get("id")
+    return _renumbered(str(row.number if name in (None, "") else name), messages, images)
+
+
+def _fill(template: str, values: Mapping[str, Any]) -> str:
+    return FIELD.sub(lambda match: str(_present(values, match[1])), template)
+
+
+def _present(values: Mapping[str, Any], column: str) -> Any:
+    value = values.get(column)
+    is_nan = isinstance(value, float) and value != value
+    if value is None or is_nan or (isinstance(value, str) and not value.strip()):
+        raise SampleError(f"column '{column}' is empty")
+    return value
+
+
+def _read_messages(value: Any) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise SampleError("'messages' is not a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise SampleError("a message has no 'role' and 'content' text")
+        if message.get("role") not in ROLES:
+            raise SampleError(f"role '{message.get('role')}' is not one of {', '.join(ROLES)}")
+    return [Message(role=m["role"], content=m["content"]) for m in value]
+
+
+def _checked(message: Message, position: int) -> Message:
+    """Strip what the model is to say, as generation will see it: no space around an answer."""
+    role, content = message["role"], message["content"]
+    if role != "assistant":
+        return message
+    if image_tags(content):
+        raise SampleError(f"message {position} is an answer with an image tag")
+    if not content.strip():
+        raise SampleError(f"message {position}, an answer, is empty")
+    return Message(role=role, content=content.strip())
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or turns != expected:
+        raise SampleError(f"turns {', '.join(roles)} are not user, assistant in alternation")
+
+
+def _renumbered(name: str, messages: Sequence[Message], images: Sequence[Any]) -> Conversation:
+    """Number image tags in order of appearance, and put the images in that order.
+
+    The published processor accepts <|image_2|> before <|image_1|>, and the published model then
+    swaps the two pictures without a word.
+    """
+    tags = [tag for message in messages for tag in image_tags(message["content"])]
+    if sorted(tags) != list(range(1, len(images) + 1)):
+        raise SampleError(
+            f"image tags {tags or 'none'} do not name each of {len(images)} images once"
+        )
+    number = {tag: position + 1 for position, tag in enumerate(tags)}
+    renamed = [
+        Message(
+            role=m["role"],
+            content=IMAGE_TAG.sub(lambda t: f"<|image_{number[int(t[1])]}|>", m["content"]),
+        )
+        for m in messages
+    ]
+    return Conversation(name, tuple(renamed), tuple(images[tag - 1] for tag in tags))

@@ -1,0 +1,146 @@
+"""Phi3VProcessor: pictures and text to the published model's inputs, without remote code."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from phi3v.errors import ConfigError
+from phi3v.geometry import Grid, grid_of, hd_layout, image_tokens
+from phi3v.processing.images import hd_canvas, pixel_values
+from phi3v.processing.prompt import encode
+from phi3v.views import ViewSettings
+
+PUBLISHED_IMAGE_SIZE, PUBLISHED_PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
+
+
+class Phi3VProcessor:
+    """The published processor: HD transform, image placeholders, Llama tokens.
+
+    Its settings come from a model folder: `num_crops`, `image_mean`, `image_std` from
+    preprocessor_config.json, the tower's image and patch size from config.json's `vision_config`
+    (the published model has none there and uses 336 and 14).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        num_crops: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        crop_size: int = PUBLISHED_IMAGE_SIZE,
+        patch_size: int = PUBLISHED_PATCH_SIZE,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.num_crops = num_crops
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.crop_size = crop_size
+        self.side = crop_size // (2 * patch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, num_crops: int | None = None, **kwargs: Any
+    ) -> "Phi3VProcessor":
+        """Read a model folder or hub name; `num_crops` overrides the folder's.
+
+        The tokenizer is loaded by class: transformers' guess (LlamaTokenizerFast) would rebuild
+        its normaliser and give other ids than the published ones.
+        Raises: ConfigError if a file is missing.
+        """
+        path = str(pretrained_model_name_or_path)
+        settings = _read_json(path, "preprocessor_config.json")
+        vision = _read_json(path, "config.json").get("vision_config", {})
+        return cls(
+            PreTrainedTokenizerFast.from_pretrained(path),
+            num_crops or settings["num_crops"],
+            settings["image_mean"],
+            settings["image_std"],
+            vision.get("image_size", PUBLISHED_IMAGE_SIZE),
+            vision.get("patch_size", PUBLISHED_PATCH_SIZE),
+        )
+
+    def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> BatchFeature:
+        """Make the model's inputs for one prompt.
+
+        input_ids, attention_mask  (1, T) int64
+        pixel_values               (I, num_crops + 1, 3, crop_size, crop_size) float32
+        image_sizes                (I, 2) int64, height and width of each canvas
+        num_img_tokens             one count per image
+        """
+        if images is None or (isinstance(images, (list, tuple)) and not images):
+            return BatchFeature(dict(self.tokenizer(text, return_tensors="pt", **kwargs)))
+        if not isinstance(text, str):
+            raise TypeError("with images, text must be one string")
+        pictures = [images] if isinstance(images, Image.Image) else list(images)
+        return self._with_images(text, pictures)
+
+    def _with_images(self, text: str, pictures: list[Image.Image]) -> BatchFeature:
+        canvases = [self.canvas(picture) for picture in pictures]
+        counts = [self.canvas_tokens(canvas) for canvas in canvases]
+        input_ids = torch.tensor([encode(self.tokenizer, text, counts)])
+        return BatchFeature(
+            {
+                "input_ids": input_ids,
+                "attention_mask": torch.ones_like(input_ids),
+                "pixel_values": self.pixel_values(canvases),
+                "image_sizes": torch.tensor([canvas.shape[:2] for canvas in canvases]),
+                "num_img_tokens": counts,
+            }
+        )
+
+    def canvas(self, image: Image.Image) -> np.ndarray:
+        """The HD transform of a picture: uint8 (height, width, 3)."""
+        return hd_canvas(image, self.num_crops, self.crop_size)
+
+    def canvas_tokens(self, canvas: np.ndarray) -> int:
+        """Sequence positions that a canvas fills."""
+        return image_tokens(grid_of(canvas.shape[0], canvas.shape[1], self.crop_size), self.side)
+
+    def pixel_values(self, canvases: Sequence[np.ndarray]) -> Tensor:
+        """Views of each canvas, then zero slots: (I, num_crops + 1, 3, crop_size, crop_size)."""
+        return pixel_values(canvases, self.num_crops + 1, self.views)
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the tokenizer's whole definition."""
+        definition = self.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(definition.encode()).hexdigest()
+
+    @property
+    def views(self) -> ViewSettings:
+        """How canvases become views."""
+        return ViewSettings(self.crop_size, self.image_mean, self.image_std)
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
+        """Sequence positions of a picture of width x height pixels; a published name."""
+        grid: Grid = hd_layout(width, height, self.num_crops, self.crop_size).grid
+        return image_tokens(grid, self.side)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> Any:
+        """The tokenizer's own chat template."""
+        return self.tokenizer.apply_chat_template(messages, **kwargs)
+
+    def decode(self, ids: Any, **kwargs: Any) -> str:
+        return self.tokenizer.decode(ids, **kwargs)
+
+    def batch_decode(self, ids: Any, **kwargs: Any) -> list[str]:
+        return self.tokenizer.batch_decode(ids, **kwargs)
+
+
+def _read_json(path: str, name: str) -> dict[str, Any]:
+    try:
+        file = cached_file(path, name)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} has no {name}; name a model folder such as models/tiny, or a hub model"
+        ) from error
+    return json.loads(Path(file).read_text(encoding="utf-8"))

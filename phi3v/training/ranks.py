@@ -1,0 +1,311 @@
+"""What a process must know before torch and DeepSpeed start, and how it ends.
+
+`set_environment` is the one place that sets ranks, ports, threads and folders, whoever started the
+process: the deepspeed launcher, torchrun, plain srun, or plain python. Call it before deepspeed is
+imported, which reads DS_ACCELERATOR at import. `run_command` turns a user's mistake into one line
+and exit code 2. `build_extensions` compiles ahead of time what DeepSpeed compiles at first use.
+
+Surprising: every child process inherits the variables set here and would take itself for the same
+rank; start one with RANK and its companions (`RANK_VARIABLES`) removed.
+"""
+
+import glob
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed
+
+from phi3v.errors import ConfigError, Phi3VError
+
+RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
+    *("CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+GRACE_SECONDS = 10.0  # how long ranks other than 0 leave it to rank 0 to report an error
+STAGGER_SECONDS = 2.0  # per local rank on top: launchers take up to 1 s to end the other ranks
+LINGER_SECONDS = 3.0  # how long rank 0 of an srun step stays, for the others to fail as well
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the run: rank of world_size, and local_rank of local_size here."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def set_environment() -> Ranks:
+    """Fill in what the launcher left out of the environment; a second call changes nothing.
+
+    RANK is set (deepspeed, torchrun): the launcher's values hold. Inside an srun step: Slurm's.
+    Otherwise: one rank, meeting itself on 127.0.0.1. Also sets one thread per rank on a machine
+    without CUDA (two on two busy cores fell from 7 to 0.1 steps/s), DeepSpeed's accelerator, and
+    where compiled extensions are kept and ninja is found.
+
+    Raises: ConfigError where variables are missing or contradict each other.
+    """
+    _set_defaults()
+    if "RANK" in os.environ:
+        ranks, node, num_nodes = _launcher_ranks()
+    elif "SLURM_STEP_ID" in os.environ:
+        ranks, node, num_nodes = _step_ranks()
+    else:
+        ranks, node, num_nodes = Ranks(0, 1, 0, 1), 0, 1
+    _set_ranks(ranks, node, num_nodes)
+    _set_meeting_point(ranks)
+    if num_nodes == 1:
+        _clear_locks()
+    return ranks
+
+
+def _set_defaults() -> None:
+    scripts = str(Path(sys.prefix, "bin"))
+    path = os.environ.get("PATH", os.defpath)
+    if scripts not in path.split(os.pathsep):
+        os.environ["PATH"] = scripts + os.pathsep + path
+    if os.access(sys.prefix, os.W_OK):  # loading an extension writes a lock beside it
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            os.environ["OMP_NUM_THREADS"] = "1"  # read by libraries that are loaded later
+            torch.set_num_threads(1)
+    # torch 2.13 renames two collectives: DeepSpeed's calls of the old names warn 4 times a step
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+
+
+def _launcher_ranks() -> tuple[Ranks, int, int]:
+    """The ranks that deepspeed or torchrun set, this node's index, and the number of nodes."""
+    rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    local_rank = _integer("LOCAL_RANK")
+    local_size = _integer("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # deepspeed's name, torchrun's name
+    ranks = Ranks(rank, world_size, local_rank, local_size)
+    _check(ranks)
+    node = _integer("CROSS_RANK", "GROUP_RANK", default=rank // local_size)
+    num_nodes = _integer("CROSS_SIZE", "GROUP_WORLD_SIZE", default=-(-world_size // local_size))
+    return ranks, node, num_nodes
+
+
+def _step_ranks() -> tuple[Ranks, int, int]:
+    """The same from an srun step.
+
+    Only SLURM_STEP_* belong to the step alone: SLURM_PROCID is set in a batch script too, and
+    SLURM_NTASKS counts the job's tasks, 4 in the one-task step that salloc opens for its shell.
+    """
+    rank, world_size = _integer("SLURM_PROCID"), _integer("SLURM_STEP_NUM_TASKS")
+    node, num_nodes = _integer("SLURM_NODEID"), _integer("SLURM_STEP_NUM_NODES")
+    tasks_per_node: list[int] = []  # "2(x3),1" is [2, 2, 2, 1]
+    counts = os.environ["SLURM_STEP_TASKS_PER_NODE"]
+    for tasks, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        tasks_per_node += [int(tasks)] * int(repeats or 1)
+    ranks = Ranks(rank, world_size, _integer("SLURM_LOCALID"), tasks_per_node[node])
+    _check(ranks)
+    return ranks, node, num_nodes
+
+
+def _integer(*names: str, default: int | None = None) -> int:
+    """The value of the first of these variables that is set."""
+    value = next((os.environ[name] for name in names if name in os.environ), default)
+    try:
+        return int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{' or '.join(names)} must be set to an integer, got {value!r} in the environment; "
+            "start the ranks with deepspeed, torchrun or srun, or unset RANK to run on one rank"
+        ) from None
+
+
+def _check(ranks: Ranks) -> None:
+    is_place = 0 <= ranks.rank < ranks.world_size
+    is_local_place = 0 <= ranks.local_rank < ranks.local_size <= ranks.world_size
+    if not is_place or not is_local_place:
+        raise ConfigError(
+            f"rank {ranks.rank} of {ranks.world_size} ranks, local rank {ranks.local_rank} of "
+            f"{ranks.local_size} on this node, is no place in a run; unset RANK, WORLD_SIZE, "
+            "LOCAL_RANK and LOCAL_SIZE, or start the ranks with deepspeed, torchrun or srun"
+        )
+
+
+def _set_ranks(ranks: Ranks, node: int, num_nodes: int) -> None:
+    """Set each variable; one that is there already must say the same."""
+    values = {
+        "RANK": ranks.rank,
+        "WORLD_SIZE": ranks.world_size,
+        "LOCAL_RANK": ranks.local_rank,
+        "LOCAL_SIZE": ranks.local_size,
+        "LOCAL_WORLD_SIZE": ranks.local_size,
+        "CROSS_RANK": node,
+        "CROSS_SIZE": num_nodes,
+    }
+    for name, value in values.items():
+        present = os.environ.setdefault(name, str(value))
+        if present != str(value):
+            raise ConfigError(
+                f"{name} is {present} in the environment, but this process was started as rank "
+                f"{ranks.rank} of {ranks.world_size} and {name} should be {value}; unset {name}"
+            )
+
+
+def _set_meeting_point(ranks: Ranks) -> None:
+    """Set MASTER_ADDR and MASTER_PORT where absent: where rank 0 listens."""
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    elif "SLURM_STEP_NODELIST" in os.environ and "SLURM_JOB_ID" in os.environ:
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _first_address(os.environ["SLURM_STEP_NODELIST"])
+        os.environ.setdefault("MASTER_PORT", str(20000 + _integer("SLURM_JOB_ID") % 10000))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(
+                f"{name} is not set, and {ranks.world_size} ranks need one place to meet; export "
+                "MASTER_ADDR and MASTER_PORT, or start the ranks with deepspeed, torchrun or srun"
+            )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _first_address(nodelist: str) -> str:
+    """The address by which Slurm itself reaches the first node of "gpu[07,09-12],head".
+
+    Not what the name resolves to: that may be nothing, or 127.0.1.1 on the node itself.
+    """
+    node = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodelist).split(",")[0]  # gpu07
+    show = ["scontrol", "show", "node", "--oneliner", node]
+    try:
+        answer = subprocess.run(show, capture_output=True, text=True, check=True).stdout
+        return answer.split("NodeAddr=")[1].split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise ConfigError(
+            f"MASTER_ADDR is not set, and `{' '.join(show)}` gives no NodeAddr; export MASTER_ADDR "
+            f"with the address of {node} before srun, as slurm/train.sh does"
+        ) from None
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's main and end the process as its user's mistakes ask for.
+
+    Phi3VError: one line on stderr and exit code 2. Every rank usually meets the same error, so
+    rank 0 reports at once, and another rank reports only if it is still there after a grace time:
+    then rank 0 knows of no error, and it is the launcher's part to end it. Ctrl-C: exit code 130.
+    Anything else is a defect and keeps its traceback.
+    """
+    try:
+        main()
+    except Phi3VError as error:
+        _report(error)
+        _exit(2)
+    except KeyboardInterrupt:
+        _exit(130)
+
+
+def _report(error: Phi3VError) -> None:
+    """Write the error's line, if this rank is the one to do so.
+
+    srun exits with the largest code of its tasks, 143 for one ended by SIGTERM: so from here on
+    SIGTERM means 2, and rank 0 of a step stays until the others have failed as well. The variables
+    are read as text, for they may be what is wrong.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(2))
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    if rank != "0":
+        stagger = STAGGER_SECONDS * int(local_rank) if local_rank.isdigit() else 0
+        time.sleep(GRACE_SECONDS + stagger)
+    message = " ".join(str(error).splitlines())
+    sys.stderr.write(f"{type(error).__name__}: {message}\n")
+    sys.stderr.flush()
+    if rank == "0" and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        time.sleep(LINGER_SECONDS)
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave; at once where a process group is up, whose destructor may wait for other ranks."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def build_extensions() -> None:
+    """Compile what DeepSpeed compiles when the first rank on CPU starts; `make setup` calls this.
+
+    One extension, deepspeed_shm_comm: about 27 s with g++, then only loaded (4 s, most of it the
+    import of deepspeed). With CUDA there is nothing to do.
+
+    Raises: ConfigError without a C++ compiler.
+    """
+    _set_defaults()
+    if torch.cuda.is_available():
+        return
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"no C++ compiler {compiler!r} found, and DeepSpeed needs one on CPU; install g++ or "
+            "set CXX"
+        )
+    _clear_locks()
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
+
+
+def _clear_locks() -> None:
+    """Remove the locks that killed builds left in TORCH_EXTENSIONS_DIR.
+
+    torch waits for ever on such a file. A lock is dead when nobody holds it open (its owner does
+    until it removes it) and nobody works in its folder (ninja and its compilers outlive a killed
+    owner, and must not meet a second build), seen three times over a second. What is seen are
+    processes of this user on this machine: a folder shared with other machines must have been
+    built before they start at the same time, and runs of several nodes do not come here.
+    """
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    for lock in Path(folder).glob("*/lock") if folder else ():
+        looks = 0
+        announced = False
+        while looks < 3 and lock.exists():
+            builder = _builder(lock)
+            if builder and not announced:
+                print(f"waiting for process {builder}, which builds {lock.parent}", file=sys.stderr)
+                announced = True
+            looks = 0 if builder else looks + 1
+            time.sleep(0.5)
+        if looks == 3:
+            lock.unlink(missing_ok=True)
+
+
+def _builder(lock: Path) -> int | None:
+    """The process that has this lock open or works in its folder, if there is one."""
+    for link in glob.glob("/proc/[0-9]*/fd/*") + glob.glob("/proc/[0-9]*/cwd"):
+        try:
+            if os.path.samefile(link, lock) or os.path.samefile(link, lock.parent):
+                return int(link.split("/")[2])
+        except OSError:  # the process or the lock has just gone, or belongs to another user
+            continue
+    return None

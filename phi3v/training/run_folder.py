@@ -1,0 +1,140 @@
+"""The run folder: who owns it, what it was started with, its metrics, whether it is finished."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from phi3v.config import DeepSpeedConfig, RunConfig, differing_keys, dump_yaml, to_dict
+from phi3v.errors import ConfigError
+from phi3v.files import write_json, write_text
+
+CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
+    "config.yaml deepspeed.json environment.json data.json".split()
+)
+METRICS, SUMMARY, REPORT = "metrics.jsonl summary.json report.html".split()
+CHANGEABLE = ("train.max_steps", "eval.", "wandb.", "checkpoint.")
+PACKAGES = ("phi3v", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "pillow", "wandb")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and what is written there; only rank 0 writes."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def lock(self) -> IO[str]:
+        """Become the owner of the folder until the returned file is closed or the process ends.
+
+        Raises: ConfigError naming the host and process that own it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"run.out {self.path} is in use by {file.read().strip() or 'another process'}; "
+                "wait for it, or name another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        return file
+
+    def check_recipe(self, cfg: RunConfig, ds: DeepSpeedConfig) -> None:
+        """Refuse to go on with another recipe than the run was started with.
+
+        Raises: ConfigError naming the keys that differ.
+        """
+        if not (self.path / CONFIG).is_file():
+            return
+        before = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        different = differing_keys(before, to_dict(cfg))
+        before_ds = json.loads((self.path / DEEPSPEED).read_text(encoding="utf-8"))
+        different += [f"{ds.path.name}: {key}" for key in differing_keys(before_ds, ds.json)]
+        different = [key for key in different if not key.startswith(CHANGEABLE)]
+        if different:
+            raise ConfigError(
+                f"run.out {self.path} was started with another recipe: {', '.join(different)} "
+                "differ; name another run.out, or take the values back"
+            )
+
+    def write_origin(
+        self, cfg: RunConfig, ds: DeepSpeedConfig, data: dict[str, Any], world_size: int
+    ) -> None:
+        """Write what the run is made of: resolved config, DeepSpeed JSON, versions, data."""
+        write_text(self.path / CONFIG, dump_yaml(cfg))
+        write_json(self.path / DEEPSPEED, ds.json)
+        write_json(self.path / ENVIRONMENT, describe_environment(world_size))
+        write_json(self.path / DATA, data)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The steps done so far."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def keep_metrics(self, last_step: int) -> None:
+        """Drop the lines of steps that are about to be repeated."""
+        kept = [m for m in self.read_metrics() if m["step"] <= last_step]
+        lines = [json.dumps(metrics, allow_nan=False) + "\n" for metrics in kept]
+        write_text(self.path / METRICS, "".join(lines))
+
+    def add_metrics(self, metrics: dict[str, Any]) -> None:
+        """Append one step's line."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, None before."""
+        path = self.path / SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_json(self.path / SUMMARY, summary)
+
+
+def describe_environment(world_size: int) -> dict[str, Any]:
+    """Host, device, versions and commit of this program."""
+    has_cuda = torch.cuda.is_available()
+    return {
+        "host": socket.gethostname(),
+        "ranks": world_size,
+        "device": torch.cuda.get_device_name() if has_cuda else f"cpu {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, None where it is none (an installed package, no git)."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

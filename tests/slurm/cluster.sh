@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# A real Slurm of two nodes on this one machine: two slurmd, told apart by their ports.
+#
+#   cluster.sh up DIR     start it in DIR, and wait until both nodes are idle (about 2 s)
+#   cluster.sh down DIR   end its jobs and its daemons; then no process of it is left
+#
+# In between, with SLURM_CONF=DIR/slurm.conf, sbatch and all other commands speak to it. Needs root
+# and apt-get install slurm-wlm munge. Everything is in DIR, munge's key and socket included, and
+# the ports are drawn: several clusters can be up at once. Each node has 2 CPUs, whatever is below
+# them, and 2 GPUs that are empty files: allocated and counted as real ones, but not usable.
+set -euo pipefail
+command=${1:?up or down}
+dir=$(realpath -m "${2:?a folder of its own}")
+conf=$dir/slurm.conf
+PATH=$PATH:/usr/sbin:/sbin
+
+free_port() {   # below the ports that the kernel gives out, beside those of slurm/train.sh
+  local port
+  while port=$(shuf -i 10000-19999 -n 1); (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+  echo "$port"
+}
+
+write_conf() {
+  local host
+  host=$(hostname -s)
+  cat >"$conf" <<CONF
+ClusterName=test
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$(free_port)
+# Job ids give the ports of training: random, so that two clusters' jobs do not meet
+FirstJobId=$(shuf -i 1-60000 -n 1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
+SlurmctldPidFile=$dir/slurmctld.pid
+SlurmdPidFile=$dir/%n.pid
+SlurmctldLogFile=$dir/slurmctld.log
+SlurmdLogFile=$dir/%n.log
+StateSaveLocation=$dir/state
+SlurmdSpoolDir=$dir/spool-%n
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=2
+ReturnToService=2
+KillWait=5
+# The nodes have the CPUs and memory that stand here, not those of the machine
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName=DEFAULT CPUs=2 RealMemory=8000 Gres=gpu:2
+NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port)
+NodeName=node2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port)
+PartitionName=test Nodes=node[1-2] Default=YES MaxTime=INFINITE
+CONF
+  echo "NodeName=node[1-2] Name=gpu File=$dir/gpu[0-1]" >"$dir/gres.conf"
+  touch "$dir/gpu0" "$dir/gpu1"
+}
+
+up() {
+  trap down EXIT
+  mkdir -p "$dir"/{state,spool-node1,spool-node2}
+  head -c 1024 /dev/urandom >"$dir/munge.key"
+  chmod 400 "$dir/munge.key"
+  # --force: munged wants a folder open to all users, and here root is the only one
+  munged --force --num-threads 2 --socket "$dir/munge.socket" --key-file "$dir/munge.key" \
+    --pid-file "$dir/munged.pid" --log-file "$dir/munged.log" --seed-file "$dir/munged.seed" \
+    2>"$dir/munged.warnings"
+  write_conf
+  slurmctld -f "$conf"
+  slurmd -f "$conf" -N node1
+  slurmd -f "$conf" -N node2
+  for _ in $(seq 100); do
+    [ "$(SLURM_CONF=$conf sinfo -h -N -o %T 2>/dev/null | grep -c '^idle$')" = 2 ] && { trap - EXIT; return; }
+    sleep 0.1
+  done
+  echo "cluster.sh: no two idle nodes after 10 s; see the logs in $dir" >&2
+  return 1
+}
+
+# Who belongs to this cluster: its daemons, and whatever runs in a step of one of its jobs.
+members() {
+  local process
+  cat "$dir"/*.pid 2>/dev/null || true
+  for process in /proc/[0-9]*; do
+    if { tr '\0' '\n' <"$process/environ"; } 2>/dev/null >"$dir/environ" &&
+      grep -qx "SLURM_CONF=$conf" "$dir/environ" && grep -q '^SLURM_TASK_PID=' "$dir/environ"; then
+      basename "$process"
+    fi
+  done
+}
+
+is_alive() {   # a zombie, which waits for its parent, is dead
+  grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$1/status" 2>/dev/null
+}
+
+down() {
+  [ -d "$dir" ] || return 0
+  local pid signal
+  if [ -e "$conf" ]; then
+    SLURM_CONF=$conf timeout 5 scancel --user root --signal KILL --full 2>/dev/null || true
+    SLURM_CONF=$conf timeout 5 scancel --user root 2>/dev/null || true
+  fi
+  for signal in TERM KILL; do
+    mapfile -t pids < <(members)
+    for pid in "${pids[@]}"; do kill -s $signal "$pid" 2>/dev/null || true; done
+    for _ in $(seq 50); do
+      for pid in "${pids[@]}"; do is_alive "$pid" && { sleep 0.1; continue 2; }; done
+      break
+    done
+  done
+}
+
+case $command in
+  up) up ;;
+  down) down ;;
+  *) echo "cluster.sh: up or down, not '$command'" >&2; exit 2 ;;
+esac
