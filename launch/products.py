@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from phi3v.samples.products import make_products
+from phi3v.training.ranks import run_command
 
 
 def main() -> None:
@@ -20,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -24,7 +24,7 @@ def main() -> None:
 
     cfg, ds = load_run(arguments.recipe or RECIPES / "demo.yaml", arguments.values, ranks)
     if arguments.recipe is None:
-        make_missing(cfg, RECIPES / "products.yaml", ranks.is_first)
+        make_missing(cfg, RECIPES / "products.yaml")
     train(cfg, ds, ranks)
 
 

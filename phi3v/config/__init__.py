@@ -9,15 +9,17 @@ Imports neither torch nor DeepSpeed.
 
 from phi3v.config.check import check, metric_names, pattern_fields
 from phi3v.config.deepspeed import DeepSpeedConfig, default_deepspeed, load_deepspeed
-from phi3v.config.load import differing_keys, dump_yaml, load_recipe, to_dict
-from phi3v.config.schema import MODULES, DatasetConfig, Module, RunConfig
+from phi3v.config.load import build_recipe, differing_keys, dump_yaml, load_recipe, to_dict
+from phi3v.config.schema import MODULES, DatasetConfig, EvaluationConfig, Module, RunConfig
 
 __all__ = [
     "MODULES",
     "DatasetConfig",
     "DeepSpeedConfig",
+    "EvaluationConfig",
     "Module",
     "RunConfig",
+    "build_recipe",
     "check",
     "default_deepspeed",
     "differing_keys",

@@ -20,10 +20,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from phi3v.config.names import nearest
-from phi3v.config.schema import DatasetConfig, RunConfig
+from phi3v.config.schema import DatasetConfig, EvaluationConfig, RunConfig
 from phi3v.errors import ConfigError
 
-Recipe = TypeVar("Recipe", RunConfig, DatasetConfig)
+Recipe = TypeVar("Recipe", RunConfig, DatasetConfig, EvaluationConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,16 @@ def load_recipe(cls: type[Recipe], path: Path, overrides: Sequence[str]) -> Reci
 
     Raises: ConfigError naming the file or override, and the full key.
     """
-    tree = _read_mapping(path)
+    return build_recipe(cls, _read_mapping(path), path, overrides)
+
+
+def build_recipe(
+    cls: type[Recipe], tree: dict[str, Any], path: Path, overrides: Sequence[str]
+) -> Recipe:
+    """Build a `cls` of values that are read already; errors name `path` as their place.
+
+    Raises: ConfigError naming the file or override, and the full key.
+    """
     parsed = [_parse_override(text) for text in overrides]
     for (key, value), text in zip(parsed, overrides, strict=True):
         tree = _with(tree, key, value, text)

@@ -290,6 +290,14 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What `launch/evaluate.py` asks of a model."""
+
+    eval: EvalSection = EvalSection()
+    """How answers on held-out rows are generated and measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceSection:
     path: str
     """Raw rows: a file, a folder saved by `datasets`, or a hub dataset name."""

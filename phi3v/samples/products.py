@@ -345,6 +345,14 @@ def make_products(out: Path, rows: int = 3000, seed: int = 0) -> None:
     _write_table(out / "products.csv", products)
 
 
+def sample_texts(rows: int = 500) -> list[str]:
+    """What is said of products: texts for a tokenizer that has no catalogue to learn from."""
+    return [
+        f"What is shown in this image? Product: {row[1]}, Category: {row[2]}, Full Price: {row[3]}"
+        for row in map(_table_row, list_products(rows, seed=0))
+    ]
+
+
 def _clear_catalogue(out: Path) -> None:
     """Remove an older catalogue, its table first, or refuse a folder that holds other things."""
     foreign = _find_foreign(out)

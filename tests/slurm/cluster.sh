@@ -7,7 +7,7 @@
 # In between, with SLURM_CONF=DIR/slurm.conf, sbatch and all other commands speak to it. Needs root
 # and apt-get install slurm-wlm munge. Everything is in DIR, munge's key and socket included, and
 # the ports are drawn: several clusters can be up at once. Each node has 2 CPUs, whatever is below
-# them, and 2 GPUs that are empty files: allocated and counted as real ones, but not usable.
+# them, and 2 GPUs, which are null devices: allocated and counted as real ones, but of no use.
 set -euo pipefail
 command=${1:?up or down}
 dir=$(realpath -m "${2:?a folder of its own}")
@@ -58,8 +58,9 @@ NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port)
 NodeName=node2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port)
 PartitionName=test Nodes=node[1-2] Default=YES MaxTime=INFINITE
 CONF
-  echo "NodeName=node[1-2] Name=gpu File=$dir/gpu[0-1]" >"$dir/gres.conf"
-  touch "$dir/gpu0" "$dir/gpu1"
+  echo "NodeName=node[1-2] Name=gpu File=$dir/nvidia[0-1]" >"$dir/gres.conf"
+  mknod "$dir/nvidia0" c 1 3
+  mknod "$dir/nvidia1" c 1 3
 }
 
 up() {

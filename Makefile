@@ -1,0 +1,38 @@
+# make demo: the whole job on data it makes itself. make test: all tests. See README.md.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test fast check format clean
+
+setup: $(READY)
+
+# Made anew when what is to be installed changes. What DeepSpeed would compile at first use (half a
+# minute) is compiled here, so that no run is killed while it compiles.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -c "from phi3v.training.ranks import build_extensions; build_extensions()"
+	touch $@
+
+demo: setup
+	$(BIN)/python launch/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,43 @@
+"""Make a tiny random Phi-3-Vision with a tokenizer trained on some texts.
+
+    python launch/tiny_model.py OUT [--texts FILE ...] [--width 128] [--vision_layers 4] ...
+
+Every size is a flag. Without --texts the tokenizer learns the sample products' words.
+"""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from phi3v.errors import ConfigError
+from phi3v.samples.products import sample_texts
+from phi3v.samples.tiny import TinySizes, make_tiny_model
+from phi3v.training.ranks import run_command, set_environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--texts", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--seed", type=int, default=0)
+    for size in fields(TinySizes):
+        parser.add_argument(f"--{size.name}", type=int, default=size.default)
+    arguments = parser.parse_args()
+    set_environment()
+    sizes = TinySizes(**{size.name: getattr(arguments, size.name) for size in fields(TinySizes)})
+    texts = read_lines(arguments.texts) if arguments.texts else sample_texts()
+    make_tiny_model(arguments.out, texts, sizes, arguments.seed)
+    print(f"tiny model: {arguments.out}")
+
+
+def read_lines(paths: list[Path]) -> list[str]:
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigError(f"--texts {missing[0]} does not exist; name text files")
+    return [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    run_command(main)

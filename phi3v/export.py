@@ -1,0 +1,189 @@
+"""A checkpoint to an ordinary Hugging Face folder, verified by reading it back.
+
+The weights come from the checkpoint under the published names; everything else is the base model's
+own files: config.json is edited as raw JSON, never saved anew by transformers, and tokenizer and
+processor settings are copied as they are.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from phi3v.config import EvaluationConfig, RunConfig, build_recipe, to_dict
+from phi3v.config.schema import EvalSection
+from phi3v.errors import CheckpointError, ConfigError
+from phi3v.evaluation.generation import STOP_TOKENS, Generator
+from phi3v.evaluation.models import as_generator, open_model
+from phi3v.files import publish, write_json
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.processing import Phi3VProcessor
+from phi3v.training.checkpoint import find_step
+from phi3v.training.run_folder import CONFIG, RunFolder
+from phi3v.training.zero import read_weights
+
+ORIGIN = "phi3v_export.json"
+VERBATIM = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
+DROPPED_KEYS = ("_attn_implementation", "_name_or_path", "auto_map")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The resolved configuration of a run folder.
+
+    Raises: ConfigError if it is no run folder.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no {CONFIG}, so it is no run folder; name run.out")
+    return build_recipe(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), path, [])
+
+
+def export(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> None:
+    """Write a checkpoint of a run as a Hugging Face folder.
+
+    step   of the checkpoint; None for the newest
+    dtype  bf16 or fp32; None for the base model's
+    Raises: ConfigError if `out` holds something that was not exported from this run;
+    CheckpointError if there is no such checkpoint, or its names are not the model's.
+    """
+    cfg = read_run(run)
+    checkpoints = RunFolder(run).checkpoints
+    name = find_step(checkpoints, step)
+    origin = {"run": str(run), "config": CONFIG, "checkpoint": name}
+    _check_target(out, origin)
+    config = Phi3VConfig.from_pretrained(cfg.model.path)
+    weights = load_weights(checkpoints, name, config, DTYPES[dtype] if dtype else config.dtype)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _copy_base(cfg.model.path, partial, next(iter(weights.values())).dtype)
+    save_torch_state_dict(weights, partial, max_shard_size="5GB")
+    write_json(partial / ORIGIN, origin)
+    _verify(partial, weights)
+    publish(partial, out)
+
+
+def evaluation_settings(model: Path, overrides: Sequence[str]) -> EvalSection:
+    """The eval settings of a run, or the defaults for a model folder, with overrides.
+
+    Raises: ConfigError naming a key that is wrong.
+    """
+    is_run = (model / CONFIG).is_file()
+    values = {"eval": to_dict(read_run(model))["eval"]} if is_run else {}
+    place = model / CONFIG if is_run else Path("the command line")
+    return build_recipe(EvaluationConfig, values, place, overrides).eval
+
+
+def open_any(model: str, settings: EvalSection) -> Generator:
+    """Open a run's newest checkpoint, or a Hugging Face folder or hub name."""
+    if (Path(model) / CONFIG).is_file():
+        return open_run(Path(model), settings.max_new_tokens, settings.batch_rows)
+    return open_model(model, settings.max_new_tokens, settings.batch_rows)
+
+
+def open_run(run: Path, max_new_tokens: int, batch_rows: int) -> Generator:
+    """The newest checkpoint of a run, whole on the device there is, ready to answer.
+
+    Raises: ConfigError if it is no run folder; CheckpointError if it has no checkpoint.
+    """
+    cfg = read_run(run)
+    checkpoints = RunFolder(run).checkpoints
+    config = Phi3VConfig.from_pretrained(cfg.model.path)
+    weights = load_weights(checkpoints, find_step(checkpoints, None), config, config.dtype)
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(config)
+    model.load_state_dict(weights, assign=True)
+    return as_generator(model, cfg.model.path, max_new_tokens, batch_rows)
+
+
+def load_weights(
+    checkpoints: Path, name: str, config: Phi3VConfig, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the published names, each checked for name and shape.
+
+    Raises: CheckpointError listing what is missing, unknown or of another shape.
+    """
+    weights = read_weights(checkpoints, name)
+    with torch.device("meta"):
+        expected = {k: v.shape for k, v in Phi3VForCausalLM(config).state_dict().items()}
+    found = {key: value.shape for key, value in weights.items()}
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()), key=str)
+        names = sorted({key for key, _ in wrong})
+        raise CheckpointError(
+            f"{checkpoints / name} does not fit the model: {len(names)} parameters differ in name "
+            f"or shape, such as {', '.join(names[:3])}; export with the model it was trained from"
+        )
+    return {key: weights[key].to(dtype).contiguous() for key in expected}
+
+
+def _check_target(out: Path, origin: dict[str, str]) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        return
+    marker = out / ORIGIN
+    written = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    if written.get("run") != origin["run"]:
+        source = f"was exported from {written['run']}" if written else "is not an export"
+        raise ConfigError(f"--out {out} exists and {source}; name another folder, or remove it")
+
+
+def _copy_base(model: str, out: Path, dtype: torch.dtype) -> None:
+    """Write what surrounds the weights: the base's config edited, its other files as they are."""
+    config = _read_base(model, "config.json")
+    for key in DROPPED_KEYS:
+        config.pop(key, None)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    write_json(out / "config.json", config)
+    for name in VERBATIM:
+        if (file := _find_base(model, name)) is not None:
+            shutil.copyfile(file, out / name)
+    tokenizer = Phi3VProcessor.from_pretrained(model).tokenizer
+    end, text_end = (tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS)
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [end, text_end]}
+    write_json(out / "generation_config.json", generation | {"pad_token_id": text_end})
+
+
+def _read_base(model: str, name: str) -> dict[str, Any]:
+    file = _find_base(model, name)
+    if file is None:
+        raise ConfigError(f"model.path {model} has no {name}; it must be there to export the run")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _find_base(model: str, name: str) -> Path | None:
+    file = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    return Path(file) if file else None
+
+
+def _verify(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Read a folder back and compare every weight.
+
+    Raises: CheckpointError naming the first that came back changed.
+    """
+    model, report = Phi3VForCausalLM.from_pretrained(
+        folder, dtype=next(iter(weights.values())).dtype, output_loading_info=True
+    )
+    lost = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, weights[k])]
+    if lost or changed:
+        raise CheckpointError(
+            f"{folder} does not read back as it was written, see {(lost or changed)[0]}; "
+            "check the disk and export again"
+        )
