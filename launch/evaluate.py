@@ -16,15 +16,19 @@ def main() -> None:
     arguments = parse()
     set_environment()
     # DeepSpeed reads its environment when it is imported.
-    from phi3v.evaluation.evaluate import evaluate
+    from phi3v.evaluation.evaluate import evaluate, open_held_out
+    from phi3v.evaluation.models import check_model
     from phi3v.evaluation.table import score_table
-    from phi3v.export import evaluation_settings, open_any
+    from phi3v.export import base_of, evaluation_settings, open_any
 
     overrides = [value for value in arguments.models if "=" in value]
     models = [value for value in arguments.models if "=" not in value]
     if arguments.split:
         overrides.append(f"eval.split={arguments.split}")
     settings = evaluation_settings(Path(models[0]), overrides)
+    held_out = open_held_out(arguments.shards, settings)
+    for model in models:
+        check_model(held_out, base_of(model))
     scores = {}
     for model in models:
         generator = open_any(model, settings)
@@ -39,7 +43,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--shards", required=True, metavar="DIR")
     parser.add_argument("--split", help="default: validation")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if all("=" in value for value in arguments.models):
+        parser.error("name at least one model folder or run folder")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -33,10 +33,15 @@ def main() -> None:
 
 
 def read_lines(paths: list[Path]) -> list[str]:
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise ConfigError(f"--texts {missing[0]} does not exist; name text files")
-    return [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    lines: list[str] = []
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"--texts {path} does not exist; name text files")
+        try:
+            lines += path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--texts {path} is not UTF-8 ({error}); save it as that") from error
+    return lines
 
 
 if __name__ == "__main__":

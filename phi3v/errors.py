@@ -24,7 +24,11 @@ class ShardError(Phi3VError):
 
 
 class SampleError(Phi3VError):
-    """One conversation or one of its images cannot be used."""
+    """One conversation or one of its images cannot be used.
+
+    The message is "what: the particulars"; `prepare` counts rejected rows by what stands before the
+    colon.
+    """
 
 
 class CheckpointError(Phi3VError):

@@ -1,13 +1,13 @@
 """A checkpoint to an ordinary Hugging Face folder, verified by reading it back.
 
 The weights come from the checkpoint under the published names; everything else is the base model's
-own files: config.json is edited as raw JSON, never saved anew by transformers, and tokenizer and
-processor settings are copied as they are.
+own files: config.json is edited as raw JSON, never saved anew by transformers; tokenizer, processor
+settings and the code that they name are copied as they are.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import yaml
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils.hub import cached_file
 
 from phi3v.config import EvaluationConfig, RunConfig, build_recipe, to_dict
@@ -39,7 +40,14 @@ VERBATIM = (
     "added_tokens.json",
     "tokenizer.model",
 )
-DROPPED_KEYS = ("_attn_implementation", "_name_or_path", "auto_map")
+NAMING_CODE = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
+DROPPED_KEYS = ("_attn_implementation", "_name_or_path")
+SHARD_SIZE = "5GB"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -65,7 +73,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     cfg = read_run(run)
     checkpoints = RunFolder(run).checkpoints
     name = find_step(checkpoints, step)
-    origin = {"run": str(run), "config": CONFIG, "checkpoint": name}
+    origin = {"run": str(run.resolve()), "config": CONFIG, "checkpoint": name}
     _check_target(out, origin)
     config = Phi3VConfig.from_pretrained(cfg.model.path)
     weights = load_weights(checkpoints, name, config, DTYPES[dtype] if dtype else config.dtype)
@@ -73,7 +81,8 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _copy_base(cfg.model.path, partial, next(iter(weights.values())).dtype)
-    save_torch_state_dict(weights, partial, max_shard_size="5GB")
+    _copy_code(cfg.model.path, partial)
+    _write_weights(weights, partial)
     write_json(partial / ORIGIN, origin)
     _verify(partial, weights)
     publish(partial, out)
@@ -88,6 +97,12 @@ def evaluation_settings(model: Path, overrides: Sequence[str]) -> EvalSection:
     values = {"eval": to_dict(read_run(model))["eval"]} if is_run else {}
     place = model / CONFIG if is_run else Path("the command line")
     return build_recipe(EvaluationConfig, values, place, overrides).eval
+
+
+def base_of(model: str) -> str:
+    """The folder or hub name that holds a model's tokenizer and image settings: a run's base."""
+    is_run = (Path(model) / CONFIG).is_file()
+    return read_run(Path(model)).model.path if is_run else model
 
 
 def open_any(model: str, settings: EvalSection) -> Generator:
@@ -133,8 +148,18 @@ def load_weights(
     return {key: weights[key].to(dtype).contiguous() for key in expected}
 
 
+def _write_weights(weights: dict[str, Tensor], out: Path) -> None:
+    """Write safetensors, as many as needed, that whoever may read config.json may read too.
+
+    safetensors itself makes files that only their owner can read.
+    """
+    save_torch_state_dict(weights, out, max_shard_size=SHARD_SIZE)
+    for file in out.glob("*.safetensors"):
+        shutil.copymode(out / "config.json", file)
+
+
 def _check_target(out: Path, origin: dict[str, str]) -> None:
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     marker = out / ORIGIN
     written = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
@@ -158,6 +183,43 @@ def _copy_base(model: str, out: Path, dtype: torch.dtype) -> None:
     end, text_end = (tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS)
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [end, text_end]}
     write_json(out / "generation_config.json", generation | {"pad_token_id": text_end})
+
+
+def _copy_code(model: str, out: Path) -> None:
+    """Copy the .py files that an `auto_map` names, for those who load with remote code.
+
+    A JSON of which the base lacks a file loses its `auto_map`: one that leads nowhere makes every
+    loader with trust_remote_code fail.
+    """
+    for name in (name for name in NAMING_CODE if (out / name).is_file()):
+        content = json.loads((out / name).read_text(encoding="utf-8"))
+        if "auto_map" not in content:
+            continue
+        files = _code_files(model, content["auto_map"])
+        if files is None:
+            write_json(out / name, {k: v for k, v in content.items() if k != "auto_map"})
+        else:
+            for file in [*files, *filter(None, [_find_base(model, "LICENSE")])]:
+                shutil.copyfile(file, out / file.name)
+
+
+def _code_files(model: str, auto_map: Mapping[str, str | list[str | None]]) -> list[Path] | None:
+    """The modules that an `auto_map` names and those they import; None if one is missing.
+
+    An entry is "module.Class", or a list of these; "repository--module.Class" lies elsewhere.
+    """
+    entries = [e if isinstance(e, list) else [e] for e in auto_map.values()]
+    names = [name for entry in entries for name in entry if name and "--" not in name]
+    waiting, found = [name.split(".")[0] for name in names], dict[str, Path]()
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            file = _find_base(model, f"{module}.py")
+            if file is None:
+                return None
+            found[module] = file
+            waiting += get_relative_imports(file)
+    return list(found.values())
 
 
 def _read_base(model: str, name: str) -> dict[str, Any]:

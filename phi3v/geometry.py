@@ -64,7 +64,7 @@ def hd_layout(width: int, height: int, num_crops: int, crop_size: int) -> Layout
     resized_short = int(resized_long / ratio)
     if resized_short == 0:
         raise SampleError(
-            f"image of {width}x{height} pixels is too narrow: nothing of its short side is left at "
+            f"image is too narrow: {width}x{height} pixels, nothing of the short side is left at "
             f"num_crops {num_crops}; crop it to a ratio below {resized_long}:1"
         )
     lines = math.ceil(resized_short / crop_size)

@@ -48,10 +48,15 @@ MASTER_ADDR=$(scontrol show node --oneliner "$first" | sed -n 's/.* NodeAddr=\([
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 [ -n "$MASTER_ADDR" ] || refuse "Slurm knows no address of node $first; ask the site's admins"
-# Each task gets its rank from srun, not from whatever environment sbatch was called in.
+
+# Ranks come from srun, not from the environment that sbatch was called in.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE CROSS_RANK CROSS_SIZE
-# Since Slurm 22.05 srun no longer takes the job's --cpus-per-task by itself.
+# Every rank sees all of its node's GPUs and takes the one of its local rank. So no binding of GPUs
+# to tasks, by which rank 1 would see one GPU, numbered 0. (--gpu-bind=none would also drop
+# CUDA_VISIBLE_DEVICES, and bring other jobs' GPUs into sight.)
+unset SLURM_GPUS_PER_TASK SLURM_GPU_BIND
+# Since Slurm 22.05 srun does not take over the job's --cpus-per-task by itself.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# Every rank sees its node's GPUs and takes the one of its local rank: hence no binding.
-srun --kill-on-bad-exit=1 --gpu-bind=none "$python" launch/train.py "$@"
+# --export: a job submitted with --export=NONE would keep even MASTER_ADDR from its tasks.
+srun --kill-on-bad-exit=1 --export=ALL "$python" launch/train.py "$@"

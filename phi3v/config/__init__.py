@@ -7,7 +7,7 @@
 Imports neither torch nor DeepSpeed.
 """
 
-from phi3v.config.check import check, metric_names, pattern_fields
+from phi3v.config.check import check
 from phi3v.config.deepspeed import DeepSpeedConfig, default_deepspeed, load_deepspeed
 from phi3v.config.load import build_recipe, differing_keys, dump_yaml, load_recipe, to_dict
 from phi3v.config.schema import MODULES, DatasetConfig, EvaluationConfig, Module, RunConfig
@@ -26,7 +26,5 @@ __all__ = [
     "dump_yaml",
     "load_deepspeed",
     "load_recipe",
-    "metric_names",
-    "pattern_fields",
     "to_dict",
 ]

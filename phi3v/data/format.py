@@ -16,6 +16,7 @@ from phi3v.errors import ShardError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
+PREPARE_AGAIN = "remove the dataset folder and run launch/prepare.py again"
 
 SCHEMA = pa.schema(
     [
@@ -57,13 +58,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ShardError(f"{path} is not valid JSON ({error}); {PREPARE_AGAIN}") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
         raise ShardError(
-            f"{path} is not valid JSON ({error}); prepare the dataset again"
-        ) from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ShardError(
-            f"{path} has format_version {manifest.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}; prepare the dataset again"
+            f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; "
+            f"{PREPARE_AGAIN}"
         )
     return manifest

@@ -21,14 +21,14 @@ def ask(model: str, prompt: str, images: Sequence[Path], max_new_tokens: int) ->
     """
     processor = Phi3VProcessor.from_pretrained(model)
     canvases = [processor.canvas(_open(path)) for path in images]
-    if images and not image_tags(prompt):
-        tags = "".join(f"<|image_{n}|>\n" for n in range(1, len(images) + 1))
-        prompt = tags + prompt
+    if not image_tags(prompt):
+        prompt = "".join(f"<|image_{n}|>\n" for n in range(1, len(images) + 1)) + prompt
     text = render([Message(role="user", content=prompt)], for_answer=True)
     counts = [processor.canvas_tokens(canvas) for canvas in canvases]
     ids = np.array(encode(processor.tokenizer, text, counts))
+    # The model takes pictures in order of appearance, whatever their tags' numbers are.
+    shown = tuple(Canvas(canvases[tag - 1]) for tag in image_tags(prompt))
     generator = open_model(model, max_new_tokens)
-    shown = tuple(Canvas(canvas) for canvas in canvases)
     return generator.answer([Prompt(ids, shown)], quiet=True)[0]
 
 

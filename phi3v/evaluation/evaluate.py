@@ -12,7 +12,7 @@ from phi3v.data import Dataset
 from phi3v.data.batch import collate, model_inputs
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator, Prompt
-from phi3v.evaluation.metrics import Answer, Score, compile_pattern, score
+from phi3v.evaluation.metrics import Answer, Pattern, Score, compile_pattern, find_metrics, score
 from phi3v.evaluation.report import Example
 from phi3v.sample import Sample, with_images
 
@@ -70,12 +70,7 @@ def evaluate(
     `gather` collects one object of every rank on each; all ranks return the same evaluation.
     Raises: ConfigError if the split has no rows or a metric does not fit.
     """
-    dataset = Dataset(folder, settings.split)
-    if not len(dataset):
-        raise ConfigError(
-            f"{folder} has no rows in split '{settings.split}' to evaluate on; prepare it with "
-            "split.validation above 0, or set eval.rows=0"
-        )
+    dataset = open_held_out(folder, settings)
     rows = np.linspace(0, len(dataset) - 1, min(settings.rows, len(dataset))).round().astype(int)
     partners = exchange([len(dataset[int(row)].images) for row in rows])
     mine = range(rank, len(rows), world_size)
@@ -96,6 +91,27 @@ def evaluate(
     return Evaluation(
         _scores(settings, folder, merged), float(losses[0] / losses[1]), merged, dataset
     )
+
+
+def open_held_out(folder: str, settings: EvalSection) -> Dataset:
+    """Open the split to be answered; call it before a run starts to refuse early what cannot work.
+
+    Raises: ConfigError if there is nothing to answer, or a metric does not fit the pattern.
+    """
+    find_metrics(settings.metrics, _pattern(settings))
+    if not settings.rows:
+        raise ConfigError("eval.rows is 0, so there is nothing to evaluate; set it above 0")
+    dataset = Dataset(folder, settings.split)
+    if not len(dataset):
+        raise ConfigError(
+            f"{folder} has no rows in split '{settings.split}'; prepare it with a larger "
+            "split.validation, or set eval.rows=0"
+        )
+    return dataset
+
+
+def _pattern(settings: EvalSection) -> Pattern | None:
+    return compile_pattern(settings.pattern) if settings.pattern else None
 
 
 def prompt_of(sample: Sample) -> Prompt:
@@ -136,7 +152,7 @@ def _answer_blind(
 
 
 def _scores(settings: EvalSection, folder: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
-    pattern = compile_pattern(settings.pattern) if settings.pattern else None
+    pattern = _pattern(settings)
     needs_train = any(name.endswith("_unseen") for name in settings.metrics)
     train = [s.meta["reference"] for s in Dataset(folder, "train")] if needs_train else []
     answers = [Answer(o.id, o.reference, o.prediction) for o in outcomes]

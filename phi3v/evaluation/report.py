@@ -11,7 +11,6 @@ a run did not measure is left out rather than shown empty.
 import base64
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from phi3v.evaluation.charts import CHART_STYLE, Curve, Points, line_chart, short_number
+from phi3v.files import write_text
 
 PICTURE_PIXELS = 200
 FINAL_STEPS = 20  # the final loss is a mean over so many steps
@@ -85,7 +85,7 @@ def write_report(
         _facts_section("Settings", facts),
         _facts_section("Totals", _totals(summary)),
     )
-    _write_whole(path, _page(title, "".join(parts)))
+    write_text(path, _page(title, "".join(parts)))
 
 
 def _page(title: str, body: str) -> str:
@@ -97,18 +97,6 @@ def _page(title: str, body: str) -> str:
         f"<title>{escape(title)}</title>\n<style>{_STYLE}{CHART_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
     )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # Heading

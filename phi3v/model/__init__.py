@@ -2,6 +2,6 @@
 
 from phi3v.model.attention import ATTENTION
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.phi3v import Phi3VForCausalLM
+from phi3v.model.phi3v import LAYERS, Phi3VForCausalLM
 
-__all__ = ["ATTENTION", "Phi3VConfig", "Phi3VForCausalLM"]
+__all__ = ["ATTENTION", "LAYERS", "Phi3VConfig", "Phi3VForCausalLM"]

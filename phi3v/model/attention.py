@@ -25,6 +25,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     segment_lengths: Sequence[int] | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally, by segment if `segment_lengths` are given.
@@ -32,16 +33,19 @@ def attend(
     query            (B, H, T, K); key and value may have fewer heads and, with a cache, more tokens
     attention_mask   (B, 1, T, keys) bool, True where a key is seen, or None: all before and at
     segment_lengths  tokens of each sample of a pack (B = 1), summing to T
+    sliding_window   for the samples of a pack; that of a padded batch is in its mask
     returns          (B, T, H, K)
     """
     grouped = query.shape[1] != key.shape[1]
     if segment_lengths is not None:
         lengths = list(segment_lengths)
         segments = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-
+        masks = [padding_mask(None, n, n, sliding_window, query.device) for n in lengths]
         parts = [
-            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-            for q, k, v in zip(*segments, strict=True)
+            scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+            for q, k, v, mask in zip(*segments, masks, strict=True)
         ]
         return torch.cat(parts, dim=2).transpose(1, 2), None
     is_causal = attention_mask is None and query.shape[2] > 1

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, Phi3Config
 
+from phi3v.errors import ConfigError
+
 # The published tower is ViT-L/14-336 and its sizes are in no config.json; a folder says only
 # where it differs, under `vision_config`.
 PUBLISHED_TOWER: dict[str, Any] = {
@@ -32,6 +34,8 @@ IMAGE_PROCESSOR = {
     "name": "clip_vision_model",
     "num_img_tokens": 144,
 }
+ROPE_TYPES = ("su", "longrope")  # one thing by two names; "yarn" would scale differently
+ROPE_LENGTHS = ("positions", "keys")
 ROPE_KEYS = ("type", "short_factor", "long_factor")
 
 
@@ -64,6 +68,11 @@ class Phi3VConfig(Phi3Config):
         self.vision_config = CLIPVisionConfig(**sizes)
         self.embd_layer = dict(embd_layer or EMBEDDING_LAYER)
         self.img_processor = dict(img_processor or IMAGE_PROCESSOR)
+        if rope_length not in ROPE_LENGTHS:
+            raise ConfigError(
+                f"rope_length {rope_length!r} in config.json must be one of "
+                f"{', '.join(ROPE_LENGTHS)}"
+            )
         self.rope_length = rope_length
         super().__init__(**_with_rope_parameters(kwargs))
 
@@ -80,8 +89,10 @@ class Phi3VConfig(Phi3Config):
     def to_dict(self) -> dict[str, Any]:
         """The published keys: three-key rope_scaling, rope_theta beside it, no vision_config."""
         values = super().to_dict()
-        values["rope_theta"] = self.rope_parameters["rope_theta"]
-        values["rope_scaling"] = {key: self.rope_parameters[key] for key in ROPE_KEYS}
+        rope = self.rope_parameters
+        values["rope_theta"] = rope["rope_theta"]
+        is_scaled = "short_factor" in rope  # not in a bare Phi3VConfig(), which can only be shown
+        values["rope_scaling"] = {key: rope[key] for key in ROPE_KEYS} if is_scaled else None
         sizes = {key: getattr(self.vision_config, key) for key in PUBLISHED_TOWER}
         different = {key: sizes[key] for key in sizes if sizes[key] != PUBLISHED_TOWER[key]}
         for key in ("rope_parameters", "vision_config"):
@@ -98,6 +109,11 @@ def _with_rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
     scaling = values.pop("rope_scaling", None) or values.pop("rope_parameters", None)
     if scaling is None:
         return values
+    if scaling.get("type", "su") not in ROPE_TYPES:
+        raise ConfigError(
+            f"rope_scaling.type {scaling['type']!r} in config.json is not supported; "
+            "the published models have 'su'"
+        )
     theta = values.pop("rope_theta", scaling.get("rope_theta", 10000.0))
     original = values.get("original_max_position_embeddings", 4096)
     longest = values.get("max_position_embeddings", original)

@@ -15,14 +15,19 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
-from phi3v.geometry import Grid, grid_of
+from phi3v.geometry import Grid, grid_of, image_tokens
 from phi3v.model.attention import ATTENTION, padding_mask
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.rotary import rotary
 from phi3v.model.vision import ImageEmbedding
 from phi3v.sample import IGNORED
+
+
+# Modules whose parameters are best gathered at once, under ZeRO-3: a layer at a time.
+LAYERS = (Phi3DecoderLayer, CLIPEncoderLayer)
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -156,12 +161,17 @@ class Phi3VModel(Phi3VPreTrainedModel):
             return None, []
         size = self.config.vision_config.image_size
         grids = [grid_of(int(height), int(width), size) for height, width in image_sizes.tolist()]
-        side = self.config.image_side
-        tokens = sum(g.views * side * side + 1 + (g.rows + 1) * side for g in grids)
+        tokens = sum(image_tokens(grid, self.config.image_side) for grid in grids)
         if tokens != places:
             raise ValueError(
                 f"input_ids have {places} image positions, the images of pixel_values need "
                 f"{tokens}; do not truncate a prompt through its images"
+            )
+        images, slots = pixel_values.shape[:2]
+        if images != len(grids) or slots < max(grid.views for grid in grids):
+            raise ValueError(
+                f"pixel_values hold {images} images of {slots} views, image_sizes describe "
+                f"{[grid.views for grid in grids]} views; pass both as the processor returns them"
             )
         return torch.cat([p[: g.views] for p, g in zip(pixel_values, grids, strict=True)]), grids
 
@@ -184,6 +194,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         self.model = Phi3VModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which makes every parameter that it loads trainable."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.model.vision_embed_tokens.img_processor.vision_model.freeze_unused()
+        return loaded
 
     def forward(
         self,
@@ -275,22 +293,26 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         Keys already in the cache were turned by the short factors; behind the limit the whole
         sequence, pictures included, is computed again with the long ones.
         """
-        has_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if has_cache and self._crosses_limit(input_ids, attention_mask):
-            past_key_values, has_cache = None, False
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past and self._crosses_limit(past, input_ids.shape[1], attention_mask):
+            past_key_values, past = None, 0
             kwargs["next_sequence_length"] = None
         inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
         )
-        if not has_cache:
+        if not past:
             inputs |= {"pixel_values": pixel_values, "image_sizes": image_sizes}
         return inputs
 
-    def _crosses_limit(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        keys = input_ids.shape[1]
-        positions = keys if attention_mask is None else int(attention_mask.sum(1).max())
-        now, before = (self.model.is_long(positions - k, keys - k) for k in (0, 1))
-        return now and not before
+    def _crosses_limit(self, past: int, keys: int, attention_mask: Tensor | None) -> bool:
+        """Whether `past` keys took the short factors and `keys` of them take the long."""
+
+        def is_long(length: int) -> bool:
+            mask = None if attention_mask is None else attention_mask[:, :length]
+            positions = length if mask is None else int(mask.sum(1).max())
+            return self.model.is_long(positions, length)
+
+        return is_long(keys) and not is_long(past)
 
 
 def next_tokens(labels: Tensor, segment_lengths: Sequence[int]) -> Tensor:

@@ -48,7 +48,6 @@ class Encoder(nn.Module):
             CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)
         )
         self.used = used
-        self.layers[used:].requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers[: self.used]:
@@ -65,6 +64,11 @@ class VisionTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = Encoder(config, used)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Exclude what never receives a gradient from training, and so from weight decay."""
+        self.encoder.layers[self.encoder.used :].requires_grad_(False)
         self.post_layernorm.requires_grad_(False)
 
     def forward(self, views: Tensor) -> Tensor:

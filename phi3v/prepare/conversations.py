@@ -10,7 +10,8 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.prepare.sources import Row
 from phi3v.processing.prompt import IMAGE_TAG, Message, image_tags
 
-FIELD = re.compile(r"\{(\w+)\}")
+FIELD = re.compile(r"\{(\w[^{}]*)\}")  # {title}, {Full Price}; not {"title": 1}
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 cannot
 ROLES = ("system", "user", "assistant")
 
 
@@ -42,9 +43,12 @@ def check_columns(source: SourceSection, by: str | None, values: Mapping[str, An
     columns = needed_columns(source) if is_columns(source) else ["messages"]
     for column in [*columns, *([by] if by else [])]:
         if column not in values:
+            hint = "name these in the recipe"
+            if column == "messages":
+                hint = "set source.user and source.assistant to make messages of these"
             raise ConfigError(
-                f"{source.path} has no column '{column}', which the recipe names; "
-                f"it has: {', '.join(values)}"
+                f"source.path {source.path} has no column '{column}', it has: {', '.join(values)}; "
+                f"{hint}"
             )
 
 
@@ -64,23 +68,28 @@ def read_conversation(row: Row, source: SourceSection) -> Conversation:
         images = [_present(values, column) for column in source.images]
     else:
         messages = _read_messages(values.get("messages"))
-        images = values.get("images") or []
+        images = _read_images(values.get("images"))
+    name = str(row.number if is_empty(values.get("id")) else values["id"])
+    _check_unicode([name, *(message["content"] for message in messages)])
     messages = [_checked(message, position) for position, message in enumerate(messages)]
     _check_turns(messages)
-    name = values.get("id")
-    return _renumbered(str(row.number if name in (None, "") else name), messages, images)
+    return _renumbered(name, messages, images)
 
 
 def _fill(template: str, values: Mapping[str, Any]) -> str:
     return FIELD.sub(lambda match: str(_present(values, match[1])), template)
 
 
-def _present(values: Mapping[str, Any], column: str) -> Any:
-    value = values.get(column)
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing: None, NaN, or white space."""
     is_nan = isinstance(value, float) and value != value
-    if value is None or is_nan or (isinstance(value, str) and not value.strip()):
+    return value is None or is_nan or (isinstance(value, str) and not value.strip())
+
+
+def _present(values: Mapping[str, Any], column: str) -> Any:
+    if is_empty(values.get(column)):
         raise SampleError(f"column '{column}' is empty")
-    return value
+    return values[column]
 
 
 def _read_messages(value: Any) -> list[Message]:
@@ -90,8 +99,20 @@ def _read_messages(value: Any) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise SampleError("a message has no 'role' and 'content' text")
         if message.get("role") not in ROLES:
-            raise SampleError(f"role '{message.get('role')}' is not one of {', '.join(ROLES)}")
+            raise SampleError(f"role is not one of {', '.join(ROLES)}: {message.get('role')}")
     return [Message(role=m["role"], content=m["content"]) for m in value]
+
+
+def _read_images(value: Any) -> list[Any]:
+    if not is_empty(value) and not isinstance(value, list):
+        raise SampleError(f"'images' is a {type(value).__name__}, not a list of images")
+    return [] if is_empty(value) else value
+
+
+def _check_unicode(texts: Sequence[str]) -> None:
+    for text in texts:
+        if half := HALF_PAIR.search(text):
+            raise SampleError(f"a text holds half of a surrogate pair: {ascii(half[0])}")
 
 
 def _checked(message: Message, position: int) -> Message:
@@ -100,9 +121,9 @@ def _checked(message: Message, position: int) -> Message:
     if role != "assistant":
         return message
     if image_tags(content):
-        raise SampleError(f"message {position} is an answer with an image tag")
+        raise SampleError(f"an answer holds an image tag: message {position}")
     if not content.strip():
-        raise SampleError(f"message {position}, an answer, is empty")
+        raise SampleError(f"an answer is empty: message {position}")
     return Message(role=role, content=content.strip())
 
 
@@ -111,7 +132,7 @@ def _check_turns(messages: Sequence[Message]) -> None:
     turns = roles[1:] if roles[0] == "system" else roles
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or turns != expected:
-        raise SampleError(f"turns {', '.join(roles)} are not user, assistant in alternation")
+        raise SampleError(f"turns are not user, assistant in alternation: {', '.join(roles)}")
 
 
 def _renumbered(name: str, messages: Sequence[Message], images: Sequence[Any]) -> Conversation:
@@ -123,7 +144,7 @@ def _renumbered(name: str, messages: Sequence[Message], images: Sequence[Any]) -
     tags = [tag for message in messages for tag in image_tags(message["content"])]
     if sorted(tags) != list(range(1, len(images) + 1)):
         raise SampleError(
-            f"image tags {tags or 'none'} do not name each of {len(images)} images once"
+            f"image tags do not name each image once: tags {tags or 'none'}, {len(images)} images"
         )
     number = {tag: position + 1 for position, tag in enumerate(tags)}
     renamed = [

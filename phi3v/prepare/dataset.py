@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.hub import cached_file
-
 from phi3v.config import DatasetConfig, differing_keys, to_dict
 from phi3v.data import Dataset
 from phi3v.data.format import FORMAT_VERSION, MANIFEST, REJECTED, read_manifest
 from phi3v.data.writer import SplitWriter
 from phi3v.errors import ConfigError, SampleError
 from phi3v.files import publish, sha256, write_json, write_text
-from phi3v.prepare.conversations import check_columns, read_conversation
+from phi3v.prepare.conversations import check_columns, is_empty, read_conversation
 from phi3v.prepare.samples import SampleBuilder
-from phi3v.prepare.sources import Row, read_rows
+from phi3v.prepare.sources import Row, check_source, read_rows
 from phi3v.processing import Phi3VProcessor
+from phi3v.processing.processor import model_file
 from phi3v.progress import progress
 
 MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
@@ -37,30 +36,34 @@ class Rejections:
     by_reason: Counter[str] = field(default_factory=Counter)
 
     def add(self, source: str, row: Row, reason: str) -> None:
-        entry = {"source": source, "row": row.number, "id": row.values.get("id"), "reason": reason}
-        self.lines.append(json.dumps(entry, ensure_ascii=False, default=str))
-        self.by_reason[_kind(reason)] += 1
+        name = row.values.get("id")
+        name = None if is_empty(name) else str(name)
+        entry = {"source": source, "row": row.number, "id": name, "reason": reason}
+        line = json.dumps(entry, ensure_ascii=False)
+        self.lines.append(line.encode(errors="backslashreplace").decode())  # half surrogate pairs
+        self.by_reason[reason.partition(":")[0]] += 1
 
 
 def prepare(cfg: DatasetConfig) -> dict[str, Any]:
     """Make the dataset folder `cfg.out` and return its manifest; do nothing if it is up to date.
 
     Raises: ConfigError if the folder holds a dataset of another recipe, if the recipe does not fit
-    its source, or if more than `max_rejected` of the rows had to be rejected.
+    its source, or if more than `max_rejected` of the rows had to be rejected. ShardError if the
+    folder's files are not those of its manifest.
     """
-    out = Path(cfg.out)
+    out = Path(cfg.out).absolute()
+    check_source(Path(cfg.source.path))
+    processor = Phi3VProcessor.from_pretrained(cfg.model, num_crops=cfg.num_crops)
     recipe = {key: value for key, value in to_dict(cfg).items() if key != "out"}
-    recipe["inputs"] = _input_digests(cfg)
+    recipe["inputs"] = _inputs(cfg, processor)
     if (out / MANIFEST).is_file():
-        return _existing(out, recipe)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(
-            f"out {out} exists and is no dataset; name another folder, or remove this one"
-        )
+        return _existing(cfg, recipe)
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise ConfigError(f"out {cfg.out} exists and is no dataset; name another, or remove this")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    manifest = _write(cfg, recipe, partial)
+    manifest = _write(cfg, processor, recipe, partial)
     publish(partial, out)
     return manifest
 
@@ -74,29 +77,37 @@ def verify(folder: Path) -> None:
         Dataset(folder, split).verify()
 
 
-def _existing(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    manifest = read_manifest(out)
+def _existing(cfg: DatasetConfig, recipe: dict[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(Path(cfg.out))
     if different := differing_keys(manifest["recipe"], recipe):
         raise ConfigError(
-            f"{out} was made by another recipe: {', '.join(different)} differ; "
+            f"{cfg.out} was made by another recipe: {', '.join(different)} differ; "
             "name another folder in 'out', or remove this one"
         )
+    for split in manifest["splits"]:
+        Dataset(cfg.out, split)
     return manifest
 
 
-def _write(cfg: DatasetConfig, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    processor = Phi3VProcessor.from_pretrained(cfg.model, num_crops=cfg.num_crops)
+def _write(
+    cfg: DatasetConfig, processor: Phi3VProcessor, recipe: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     rejections = Rejections()
     writers = {
         split: SplitWriter(folder, split, processor.crop_size, processor.side, cfg.shard_bytes)
         for split in (["train", "validation"] if cfg.split.validation else ["train"])
     }
     rows = _write_rows(cfg, processor, writers, rejections)
-    _check_share(cfg, rows, rejections)
+    write_text(folder / REJECTED, "".join(line + "\n" for line in rejections.lines))
+    _check_share(cfg, rows, rejections, folder / REJECTED)
     splits = {split: writer.finish() for split, writer in writers.items()}
     if not splits["train"]["samples"]:
-        raise ConfigError(f"{cfg.source.path} gave no training sample of {rows} rows; check it")
-    write_text(folder / REJECTED, "".join(line + "\n" for line in rejections.lines))
+        held_out = splits["validation"]["samples"] if "validation" in splits else 0
+        raise ConfigError(
+            f"source.path {cfg.source.path} gave no training sample: of {rows} rows {held_out} are "
+            f"held out and {len(rejections.lines)} rejected; give more rows, or lower "
+            f"split.validation {cfg.split.validation}"
+        )
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": _fingerprint(recipe, splits),
@@ -129,66 +140,67 @@ def _write_rows(
     root = Path(source.image_root) if source.image_root else Path(source.path).parent
     builder = SampleBuilder(processor, root, cfg.max_tokens)
     count, is_checked = 0, False
-    for row in progress(read_rows(Path(source.path)), f"prepare {cfg.out}", "row"):
-        count += 1
-        if not is_checked and not row.fault:
-            check_columns(source, cfg.split.by, row.values)
-            is_checked = True
-        try:
-            conversation = read_conversation(row, source)
-            sample = builder.build(conversation, {"source": source.path, "row": row.number})
-            split = _split_of(cfg, row, sample.id)
-        except SampleError as error:
-            rejections.add(source.path, row, str(error))
-            continue
-        writers[split].add(sample)
+    with progress(read_rows(Path(source.path)), f"prepare {cfg.out}", "row") as rows:
+        for row in rows:
+            count += 1
+            if not is_checked and not row.fault:
+                check_columns(source, cfg.split.by, row.values)
+                is_checked = True
+            try:
+                conversation = read_conversation(row, source)
+                sample = builder.build(conversation, {"source": source.path, "row": row.number})
+                split = _split_of(cfg, row, sample.id)
+            except SampleError as error:
+                rejections.add(source.path, row, str(error))
+                continue
+            writers[split].add(sample)
     return count
 
 
 def _split_of(cfg: DatasetConfig, row: Row, name: str) -> str:
-    """Hold out by a hash of the key, so that a row's side does not depend on the others."""
-    if cfg.split.by and row.values.get(cfg.split.by) in (None, ""):
+    """Hold out by a hash of the key, so that a row's side does not depend on the others.
+
+    The key is the column `split.by`, else the row's id, else (rows without one) its number.
+    """
+    if cfg.split.by and is_empty(row.values.get(cfg.split.by)):
         raise SampleError(f"column '{cfg.split.by}', by which rows are split, is empty")
-    key = row.values[cfg.split.by] if cfg.split.by else f"{row.number}:{name}"
-    digest = hashlib.sha256(f"{cfg.split.seed}:{key}".encode()).digest()
+    key = row.values[cfg.split.by] if cfg.split.by else name
+    digest = hashlib.sha256(f"{cfg.split.seed}:{key}".encode(errors="surrogatepass")).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
     return "validation" if share < cfg.split.validation else "train"
 
 
-def _check_share(cfg: DatasetConfig, rows: int, rejections: Rejections) -> None:
+def _check_share(cfg: DatasetConfig, rows: int, rejections: Rejections, listed: Path) -> None:
     count = len(rejections.lines)
     if not rows:
         raise ConfigError(f"source.path {cfg.source.path} holds no rows; check the file")
-    if count > cfg.max_rejected * rows:
+    if count / rows > cfg.max_rejected:
         first = json.loads(rejections.lines[0])
         reasons = "; ".join(f"{n} x {reason}" for reason, n in rejections.by_reason.most_common(3))
         raise ConfigError(
-            f"{count} of {rows} rows of {cfg.source.path} cannot be used, max_rejected allows "
-            f"{cfg.max_rejected:.0%}: {reasons}; first: row {first['row']}, {first['reason']}; "
-            "mend the rows or raise max_rejected"
+            f"{count} of {rows} rows of {cfg.source.path} cannot be used, max_rejected allows a "
+            f"share of {cfg.max_rejected}: {reasons}; first: row {first['row']}, "
+            f"{first['reason']}; mend the rows that {listed} lists, or raise max_rejected"
         )
 
 
-def _kind(reason: str) -> str:
-    """A reason without what is particular to its row, for counting: digits and names left out."""
-    words = [word for word in reason.split(":")[0].split() if not any(c in word for c in "/\\")]
-    return " ".join("N" if any(c.isdigit() for c in word) else word for word in words)
+def _inputs(cfg: DatasetConfig, processor: Phi3VProcessor) -> dict[str, Any]:
+    """What the samples are made of and the recipe only names: digests of files, and sizes."""
+    return {
+        "source": _source_digest(Path(cfg.source.path)),
+        **{name: sha256(model_file(cfg.model, name)) for name in MODEL_FILES},
+        "crop_size": processor.crop_size,
+        "image_side": processor.side,
+    }
 
 
-def _input_digests(cfg: DatasetConfig) -> dict[str, str]:
-    """SHA-256 of what the samples are made of, where it is a file: source, tokenizer, settings."""
-    digests = {}
-    source = Path(cfg.source.path)
-    if source.is_file():
-        digests["source"] = sha256(source)
-    for name in MODEL_FILES:
-        try:
-            digests[name] = sha256(Path(cached_file(cfg.model, name)))
-        except OSError as error:
-            raise ConfigError(
-                f"model {cfg.model} has no {name}; name a model folder or a hub model"
-            ) from error
-    return digests
+def _source_digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and digests of a folder's files."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _fingerprint(recipe: dict[str, Any], splits: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """An image reference of a row to a decoded picture."""
 
+import os.path
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ from PIL import Image
 
 from phi3v.errors import SampleError
 
+URLS = ("http://", "https://", "s3://", "gs://", "data:")
+LONG = 300  # characters of a reference that are shown; it may be a whole image in base64
+
 
 def load_image(reference: Any, root: Path) -> Image.Image:
     """Open and decode a picture.
 
     reference  a path (relative ones start at `root`), encoded bytes, or the {"bytes", "path"} of a
                `datasets` Image column
+    returns    in RGB, as the published processor takes it: alpha is dropped
     Raises: SampleError if it is not there or cannot be decoded.
     """
     if isinstance(reference, dict):
@@ -26,18 +31,17 @@ def load_image(reference: Any, root: Path) -> Image.Image:
 
 
 def _path(reference: str, root: Path) -> Path:
-    if reference.startswith(("http://", "https://")):
-        raise SampleError(f"image {reference} is a URL; download it and name the file")
-    path = root / reference
-    if not path.is_file():
-        raise SampleError(f"image {path} does not exist")
-    return path
+    shown = reference if len(reference) < LONG else f"{reference[:LONG]}..."
+    if reference.startswith(URLS):
+        raise SampleError(f"image is a URL: {shown}; download it and name the file")
+    if not os.path.isfile(root / reference):  # of any text, Path.is_file raises for a long one
+        raise SampleError(f"image does not exist: {root / shown}")
+    return root / reference
 
 
 def _decode(file: Path | BytesIO, name: str) -> Image.Image:
     try:
-        image = Image.open(file)
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleError(f"image {name} cannot be read: {error}") from error
-    return image
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders: OSError, SyntaxError, RuntimeError and others
+        raise SampleError(f"image cannot be read: {name}, {error}") from error

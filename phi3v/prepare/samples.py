@@ -34,7 +34,7 @@ class SampleBuilder:
         counts = [self.processor.canvas_tokens(canvas) for canvas in canvases]
         ids = encode(self.processor.tokenizer, render(conversation.messages), counts)
         if self.max_tokens is not None and len(ids) > self.max_tokens:
-            raise SampleError(f"{len(ids):,} tokens are more than max_tokens {self.max_tokens:,}")
+            raise SampleError(f"too many tokens: {len(ids):,}, max_tokens is {self.max_tokens:,}")
         input_ids = np.array(ids, dtype=np.int32)
         meta = {
             "prompt_length": int(np.flatnonzero(input_ids == self.assistant_id)[-1]) + 1,
@@ -51,7 +51,7 @@ class SampleBuilder:
     def _refuse_controls(self, conversation: Conversation) -> None:
         for message in conversation.messages:
             if found := self.controls.search(message["content"]):
-                raise SampleError(f"the {message['role']}'s text holds control token {found[0]}")
+                raise SampleError(f"a text holds a control token: {found[0]}, {message['role']}")
 
 
 def control_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:

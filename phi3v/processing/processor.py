@@ -59,6 +59,7 @@ class Phi3VProcessor:
         path = str(pretrained_model_name_or_path)
         settings = _read_json(path, "preprocessor_config.json")
         vision = _read_json(path, "config.json").get("vision_config", {})
+        model_file(path, "tokenizer.json")
         return cls(
             PreTrainedTokenizerFast.from_pretrained(path),
             num_crops or settings["num_crops"],
@@ -136,11 +137,21 @@ class Phi3VProcessor:
         return self.tokenizer.batch_decode(ids, **kwargs)
 
 
-def _read_json(path: str, name: str) -> dict[str, Any]:
+def model_file(model: str, name: str) -> Path:
+    """A file of a model folder or of a hub model.
+
+    Raises: ConfigError if it is missing.
+    """
     try:
-        file = cached_file(path, name)
+        file, reason = cached_file(model, name), None
     except OSError as error:
+        file, reason = None, error
+    if file is None:  # what transformers gives for a missing config.json
         raise ConfigError(
-            f"{path} has no {name}; name a model folder such as models/tiny, or a hub model"
-        ) from error
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+            f"model {model} has no {name}; name a model folder such as models/tiny, or a hub model"
+        ) from reason
+    return Path(file)
+
+
+def _read_json(model: str, name: str) -> dict[str, Any]:
+    return json.loads(model_file(model, name).read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Sample products, a tiny model, and the demo that is made of them."""

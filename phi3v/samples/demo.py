@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from phi3v.prepare.sources import read_rows
 from phi3v.processing.prompt import render
 from phi3v.samples.products import make_products
 from phi3v.samples.tiny import make_tiny_model
-from phi3v.training.ranks import RANK_VARIABLES
+from phi3v.training.ranks import RANK_VARIABLES, free_port
 
 RANKS = 2
 QUESTION = "What is shown in this image?"
@@ -89,7 +88,7 @@ def run_demo(folders: DemoFolders, launch: Path, overrides: Sequence[str]) -> No
     python = Path(sys.executable)
     _run(
         python.with_name("deepspeed"),
-        *("--num_gpus", ranks, "--master_port", _free_port()),
+        *("--num_gpus", ranks, "--master_port", free_port()),
         *(launch / "train.py", folders.recipes / "demo.yaml", *values),
     )
     export = folders.run / "export"
@@ -122,12 +121,6 @@ def _run(*command: object) -> None:
             f"the demo's command ended with exit code {done.returncode}: {' '.join(arguments)}; "
             "see its message above"
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _print_results(run: Path, seconds: float) -> None:

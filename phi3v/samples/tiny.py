@@ -8,7 +8,7 @@ texts that it will have to say. Everything downstream reads the same files as of
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ CONTROL_TOKENS: tuple[tuple[str, bool], ...] = (
     *((f"<|placeholder{n}|>", True) for n in range(7, 40)),
     ("<|image|>", True),
 )
+FILES = (
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -77,15 +81,23 @@ class TinySizes:
     """Tokens of the longest sequence."""
 
     def __post_init__(self) -> None:
+        for size in fields(self):
+            least = 2 if size.name in ("vision_layers", "original_positions") else 1
+            if getattr(self, size.name) < least:
+                raise ConfigError(
+                    f"{size.name} must be at least {least}, got {getattr(self, size.name)}"
+                )
         if self.image_size % (2 * self.patch_size):
             raise ConfigError(
                 f"image_size {self.image_size} is not a multiple of twice patch_size "
                 f"{self.patch_size}; use {2 * self.patch_size * 2} or another multiple"
             )
-        for width, heads in ((self.width, self.heads), (self.vision_width, self.vision_heads)):
+        for part in ("", "vision_"):
+            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
             if width % (2 * heads):
                 raise ConfigError(
-                    f"width {width} is not a multiple of twice its {heads} heads; use {16 * heads}"
+                    f"{part}width {width} is not a multiple of twice {part}heads {heads}; "
+                    f"use {16 * heads}"
                 )
 
 
@@ -94,11 +106,11 @@ def make_tiny_model(
 ) -> None:
     """Write a model folder: config, weights, tokenizer, processor settings.
 
-    Raises: ConfigError if `out` holds something else than a phi3_v folder.
+    Raises: ConfigError if `out` exists and is not such a folder.
     """
     sizes = sizes or TinySizes()
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ConfigError(f"{out} exists and is no model folder; name another one, or remove it")
+    if out.is_file() or (out.exists() and any(path.name not in FILES for path in out.iterdir())):
+        raise ConfigError(f"{out} exists and is no tiny model; name another folder, or remove it")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -257,17 +269,35 @@ def _initialise(model: Phi3VForCausalLM) -> None:
     """Draw weights with which so small a model learns quickly.
 
     0.02, the published deviation, suits a width of 3,072; here it is about 1/sqrt(width), and the
-    tower's positions are strong enough to be told apart from the start.
+    tower's positions are strong enough to be told apart from the start. With 0.02 a tiny model
+    learnt in 240 s less than with 0.1 in 60.
     """
-    deviation = model.config.initializer_range
+    tower = model.config.vision_config
     for name, parameter in model.named_parameters():
-        if name.endswith("position_embedding.weight"):
-            torch.nn.init.normal_(parameter, std=0.3)
-        elif name.endswith(("class_embedding", "_GN")):
-            torch.nn.init.normal_(parameter, std=0.1)
-        elif parameter.ndim < 2:
-            torch.nn.init.constant_(parameter, 1.0 if "norm" in name and "weight" in name else 0.0)
-        elif "vision_embed_tokens" in name:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        else:
+        if parameter.ndim > 1 and not name.endswith("_GN"):
+            deviation = model.config.initializer_range
+            if "img_processor" in name:
+                deviation = tower_deviation(name, tower.hidden_size, tower.num_hidden_layers)
             torch.nn.init.normal_(parameter, std=deviation)
+        elif name.endswith("class_embedding"):
+            torch.nn.init.normal_(parameter, std=parameter.numel() ** -0.5)
+        else:
+            is_norm = "norm" in name and name.endswith("weight")
+            torch.nn.init.constant_(parameter, 1.0 if is_norm else 0.0)
+
+
+def tower_deviation(name: str, width: int, layers: int) -> float:
+    """Standard deviation of a matrix of the tower: CLIP's, by its place in the layer.
+
+    Source: transformers modeling_clip.py `CLIPPreTrainedModel._init_weights`, but for patches
+    (1/sqrt of the pixels they sum) and positions.
+    """
+    if "position_embedding" in name:
+        return 0.3
+    if "patch_embedding" in name:
+        return 0.04
+    if "out_proj" in name:
+        return width**-0.5
+    if "fc1" in name:
+        return (2 * width) ** -0.5
+    return (2 * layers * width) ** -0.5

@@ -1,0 +1,1 @@
+"""Ranks, engine, checkpoints, metering, tracking, and the loop that uses them."""

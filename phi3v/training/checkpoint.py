@@ -16,6 +16,7 @@ from phi3v.errors import CheckpointError
 from phi3v.files import sync_tree, write_text
 
 LATEST = "latest"
+STEP_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,9 @@ def restore(engine: Any, folder: Path) -> Progress:
 
     Raises: CheckpointError if it was saved by another number of ranks.
     """
-    if not (folder / LATEST).is_file():
+    name = newest(folder)
+    if name is None:
         return Progress()
-    name = (folder / LATEST).read_text(encoding="utf-8").strip()
-    if not (folder / name).is_dir():
-        raise CheckpointError(
-            f"{folder / LATEST} names {name}, which is not there; write the name of another "
-            f"checkpoint into it ({', '.join(map(step_name, steps_saved(folder))) or 'none left'})"
-        )
     _check_ranks(folder / name)
     _, state = engine.load_checkpoint(str(folder), tag=name)
     return Progress(state["step"], Position(**state["position"]))
@@ -89,7 +85,7 @@ def find_step(folder: Path, step: int | None) -> str:
     if not saved:
         raise CheckpointError(f"{folder} holds no checkpoint; train the run first")
     if step is None:
-        return (folder / LATEST).read_text(encoding="utf-8").strip()
+        return newest(folder) or step_name(saved[-1])
     if step not in saved:
         raise CheckpointError(
             f"{folder} has no checkpoint of step {step}, it has: {', '.join(map(str, saved))}"
@@ -97,10 +93,28 @@ def find_step(folder: Path, step: int | None) -> str:
     return step_name(step)
 
 
+def newest(folder: Path) -> str | None:
+    """The name of the checkpoint to go on from: what `latest` says, else the last; None if none.
+
+    Raises: CheckpointError if `latest` names one that is not there.
+    """
+    saved = [step_name(step) for step in steps_saved(folder)]
+    if not (folder / LATEST).is_file():
+        return saved[-1] if saved else None
+    name = (folder / LATEST).read_text(encoding="utf-8").strip()
+    if name not in saved:
+        raise CheckpointError(
+            f"{folder / LATEST} names {name}, which is not there; write the name of another "
+            f"checkpoint into it ({', '.join(saved) or 'none left'})"
+        )
+    return name
+
+
 def steps_saved(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, oldest first."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    names = folder.glob(f"step-{'[0-9]' * STEP_DIGITS}")
+    return sorted(int(path.name.removeprefix("step-")) for path in names)
 
 
 def step_name(step: int) -> str:
-    return f"step-{step:08d}"
+    return f"step-{step:0{STEP_DIGITS}d}"

@@ -21,12 +21,11 @@ from phi3v.data import Dataset
 from phi3v.data.batch import model_inputs
 from phi3v.data.loader import Loader, Step
 from phi3v.data.packing import Budget, PackPlan, check_fits
-from phi3v.errors import ConfigError
-from phi3v.evaluation.evaluate import Evaluation, evaluate
+from phi3v.evaluation.evaluate import Evaluation, evaluate, open_held_out
 from phi3v.evaluation.generation import Generator
-from phi3v.evaluation.metrics import compile_pattern, find_metrics
-from phi3v.model import Phi3VForCausalLM
-from phi3v.processing import Phi3VProcessor
+from phi3v.evaluation.models import check_model
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.weights import WeightFiles, load_weights
 from phi3v.progress import progress
 from phi3v.training import zero
 from phi3v.training.checkpoint import Progress, restore, save
@@ -63,8 +62,8 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> None:
         if ranks.is_first:
             print(f"{run.folder.path} is finished: {run.total_steps} steps; see summary.json")
         return
-    lock = run.folder.lock() if ranks.is_first else None
     zero.start_process_group()
+    lock = zero.first_rank_does(run.folder.lock, ranks.is_first)
     if cfg.debug.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(cfg.run.seed)
@@ -78,6 +77,7 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> None:
     done = run_steps(run, engine, done, tracker)
     finish(run, engine, done, tracker)
     tracker.finish()
+    zero.end_process_group()
     if lock:
         lock.close()
 
@@ -88,7 +88,8 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     folder.check_recipe(cfg, ds)
     dataset = Dataset(cfg.data.shards, "train")
     check_model(dataset, cfg.model.path)
-    check_evaluation(cfg)
+    if cfg.eval.rows:
+        open_held_out(cfg.data.shards, cfg.eval)
     budget = Budget(cfg.data.max_tokens, cfg.data.max_views, cfg.data.window)
     plan = PackPlan(dataset.fingerprint, cfg.run.seed, dataset.tokens, dataset.views, budget)
     check_fits(plan, lambda index: dataset[index].id)
@@ -100,38 +101,16 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     return Run(cfg, ds, ranks, folder, dataset, plan, steps, torch.device(device))
 
 
-def check_model(dataset: Dataset, path: str) -> None:
-    """Refuse shards that were prepared for another tokenizer, crop size or normalisation.
-
-    Raises: ConfigError naming what differs.
-    """
-    processor = Phi3VProcessor.from_pretrained(path)
-    made_for, found = dataset.view_settings, processor.views
-    tokenizer = dataset.manifest["tokenizer"]
-    if made_for != found or tokenizer != processor.tokenizer_digest:
-        what = "image settings" if made_for != found else "tokenizer"
-        raise ConfigError(
-            f"data.shards {dataset.folder} were prepared for a model with another {what} than "
-            f"model.path {path}; prepare them again with this model"
-        )
-
-
-def check_evaluation(cfg: RunConfig) -> None:
-    """Refuse metrics that could not be computed at the end, before the start."""
-    if cfg.eval.rows:
-        pattern = compile_pattern(cfg.eval.pattern) if cfg.eval.pattern else None
-        find_metrics(cfg.eval.metrics, pattern)
-        if not len(Dataset(cfg.data.shards, cfg.eval.split)):
-            raise ConfigError(
-                f"data.shards {cfg.data.shards} has no rows in split '{cfg.eval.split}'; prepare "
-                "it with a larger split.validation, or set eval.rows=0"
-            )
-
-
 def load_model(cfg: RunConfig, ds: DeepSpeedConfig) -> Phi3VForCausalLM:
     """The model in training mode, in the JSON's precision, with frozen parts and checkpointing."""
     dtype = torch.bfloat16 if ds.bf16 else torch.float32
-    model = Phi3VForCausalLM.from_pretrained(cfg.model.path, dtype=dtype)
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(cfg.model.path))
+    with WeightFiles(cfg.model.path) as files:
+        if ds.zero_stage == 3:
+            zero.load_partitioned(model, files, dtype, ds)
+        else:
+            load_weights(model, files, dtype)
     freeze(model, cfg.model.freeze)
     if cfg.model.checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})

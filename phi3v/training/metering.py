@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from phi3v.config import DeepSpeedConfig, RunConfig
+from phi3v.config import MODULES, DeepSpeedConfig, RunConfig
 from phi3v.data import Dataset
 from phi3v.data.loader import Step
 from phi3v.model import Phi3VConfig
 
 # Dense bf16 peak of a device in FLOP/s, by a word of its name. MFU is null for any other.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-BACKWARD = 3  # forward and backward together, in forwards
 
 
 @dataclass(frozen=True)
@@ -81,23 +80,25 @@ def step_flops(
 
     tokens        (samples,) lengths; attention counts its causal half
     label_tokens  positions where logits are made
-    A matrix of n weights costs 2n per token forward and 4n backward. Padding and recomputation are
-    never counted; a frozen part costs its forward, a frozen language model also the gradient that
-    passes through it.
+    A matrix of n weights costs 2n per token forward and 4n backward: half of that for its own
+    gradient, which a frozen part does not need, half for the gradient of what comes in, which is
+    needed where something below it is trained. Padding and recomputation are never counted.
     """
     width, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     keys = width * config.num_key_value_heads // config.num_attention_heads
     matrices = layers * (2 * width * width + 2 * width * keys + 3 * width * mlp)
+    language = 2 * matrices * int(tokens.sum())
     attention = 2 * layers * width * float(np.square(tokens.astype(np.float64)).sum())
-    language = 2 * matrices * int(tokens.sum()) + attention
     head = 2 * width * config.vocab_size * label_tokens
-    trains = {name: name not in frozen for name in ("language", "vision", "projector", "head")}
-    through = 2 if trains["vision"] or trains["projector"] else 1
+    trained = {name for name in MODULES if name not in frozen}
+    pictures = bool(trained & {"vision", "projector"})
+    body = pictures or bool(trained & {"embeddings", "language"})
     return (
-        language * (BACKWARD if trains["language"] else through)
-        + head * (BACKWARD if trains["head"] else 2)
-        + views * view_flops(config) * (BACKWARD if trains["vision"] else 1)
-        + image_tokens * projector_flops(config) * (BACKWARD if trains["projector"] else through)
+        head * (1 + body + ("head" in trained))
+        + language * (1 + body + ("language" in trained))
+        + attention * (1 + 2 * body)
+        + image_tokens * projector_flops(config) * (1 + pictures + ("projector" in trained))
+        + views * view_flops(config) * (3 if "vision" in trained else 1)
     )
 
 

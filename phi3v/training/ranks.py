@@ -170,7 +170,7 @@ def _set_meeting_point(ranks: Ranks) -> None:
     """Set MASTER_ADDR and MASTER_PORT where absent: where rank 0 listens."""
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     elif "SLURM_STEP_NODELIST" in os.environ and "SLURM_JOB_ID" in os.environ:
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_address(os.environ["SLURM_STEP_NODELIST"])
@@ -183,7 +183,8 @@ def _set_meeting_point(ranks: Ranks) -> None:
             )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this host on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -22,7 +22,8 @@ CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
     "config.yaml deepspeed.json environment.json data.json".split()
 )
 METRICS, SUMMARY, REPORT = "metrics.jsonl summary.json report.html".split()
-CHANGEABLE = ("train.max_steps", "eval.", "wandb.", "checkpoint.")
+# A folder that was moved is the same run; the DeepSpeed JSON is compared by what is in it.
+CHANGEABLE = ("run.out", "deepspeed", "train.max_steps", "eval.", "wandb.", "checkpoint.")
 PACKAGES = ("phi3v", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "pillow", "wandb")
 
 
@@ -64,10 +65,10 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             return
         before = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        different = differing_keys(before, to_dict(cfg))
+        keys = differing_keys(before, to_dict(cfg))
+        different = [key for key in keys if not key.startswith(CHANGEABLE)]
         before_ds = json.loads((self.path / DEEPSPEED).read_text(encoding="utf-8"))
         different += [f"{ds.path.name}: {key}" for key in differing_keys(before_ds, ds.json)]
-        different = [key for key in different if not key.startswith(CHANGEABLE)]
         if different:
             raise ConfigError(
                 f"run.out {self.path} was started with another recipe: {', '.join(different)} "
@@ -84,11 +85,12 @@ class RunFolder:
         write_json(self.path / DATA, data)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The steps done so far."""
+        """The steps done so far; the end of a line that a crash cut off is no step."""
         path = self.path / METRICS
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_metrics(self, last_step: int) -> None:
         """Drop the lines of steps that are about to be repeated."""

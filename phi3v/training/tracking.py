@@ -16,12 +16,13 @@ class Tracker:
     """One W&B run, or none (`wandb.mode=disabled`, and on all ranks but the first)."""
 
     def __init__(self, cfg: RunConfig, folder: Path, is_first: bool) -> None:
-        mode: Any = os.environ.get("WANDB_MODE", cfg.wandb.mode)
+        mode: Any = os.environ.get("WANDB_MODE") or cfg.wandb.mode
         self._run: Any = None
         if not is_first or mode == "disabled":
             return
-        # Tables' pictures are staged here; by default they would litter the home folder.
-        os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").absolute()))
+        # Tables' pictures and wandb's own logs; by default they would litter the home folder.
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            os.environ.setdefault(name, str((folder / "wandb").absolute()))
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 

@@ -1,17 +1,22 @@
 """DeepSpeed: the engine, gathering weights from its partitions, reading them from checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from phi3v.config import DeepSpeedConfig, Module
+from phi3v.errors import Phi3VError
+from phi3v.model import LAYERS
+from phi3v.model.weights import WeightFiles, check_shapes, parameter_places
 
+Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -20,14 +25,55 @@ def start_process_group(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
+def end_process_group() -> None:
+    """Leave together: a rank that goes first can make the others' sockets fail as they end."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def build_engine(
     model: nn.Module, groups: list[dict[str, Any]], ds: DeepSpeedConfig
 ) -> deepspeed.DeepSpeedEngine:
-    """Hand the model to DeepSpeed, which partitions it and builds the JSON's optimizer."""
+    """Hand the model to DeepSpeed, which partitions it and builds the JSON's optimizer.
+
+    Under ZeRO-3 a decoder or tower layer is gathered as a whole, not matrix by matrix.
+    """
+    if ds.zero_stage == 3:
+        set_z3_leaf_modules(model, list(LAYERS))
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups, config=ds.for_engine(), dist_init_required=False
     )
     return engine
+
+
+def load_partitioned(
+    model: nn.Module, files: WeightFiles, dtype: torch.dtype, ds: DeepSpeedConfig
+) -> None:
+    """Give a model on the meta device its weights, each parameter straight into its partition.
+
+    The first rank reads a tensor and sends it to the others, every rank keeps its share; at no
+    time does any hold more than its share and one tensor. All tensors pass through one buffer:
+    allocated and freed one by one they would leave holes among the shares (twice the memory, with
+    4 ranks). All ranks call.
+    Raises: CheckpointError if names or shapes do not fit.
+    """
+    check_shapes(files.path, files.shapes(), model)
+    is_reader = torch.distributed.get_rank() == 0
+    buffer = torch.empty(max(p.numel() for p in model.parameters()), dtype=dtype)
+    first: nn.Parameter | None = None
+    for name, module, own in list(parameter_places(model)):
+        empty = getattr(module, own)
+        tensor = buffer[: empty.numel()].view(empty.shape)
+        if is_reader:
+            tensor.copy_(files.read(name))
+        parameter = nn.Parameter(tensor, requires_grad=empty.requires_grad)
+        setattr(module, own, parameter)
+        if first is None:
+            holder = nn.ParameterList([parameter])
+            deepspeed.zero.Init(module=holder, config_dict_or_path=ds.for_engine(), dtype=dtype)
+            first = parameter
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -51,6 +97,24 @@ def gather_objects(value: Any) -> list[Any]:
     shares: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, value)
     return shares
+
+
+def first_rank_does(task: Callable[[], Result], is_first: bool) -> Result | None:
+    """Let the first rank do something; if it fails for a user's mistake, all ranks raise that.
+
+    Returns what the task returned on the first rank, None on the others.
+    """
+    result: Result | None = None
+    failure: list[Phi3VError | None] = [None]
+    if is_first:
+        try:
+            result = task()
+        except Phi3VError as error:
+            failure = [error]
+    torch.distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+    return result
 
 
 def read_weights(checkpoints: Path, tag: str) -> dict[str, Tensor]:

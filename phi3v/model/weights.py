@@ -1,0 +1,126 @@
+"""A model folder's tensors by name: which there are, whether they fit, and one at a time.
+
+The names in the files are the published ones, and so are the module's parameters': no map stands
+between them. transformers' own loading reads everything at once and does not refuse a file with
+unknown names.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils.hub import cached_file
+
+from phi3v.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Some fine-tunes hold the token embeddings a second time, under the name of the image embedding.
+ALIASES = ("model.vision_embed_tokens.wte.weight",)
+SHOWN = 5  # names listed of each kind
+
+
+class WeightFiles:
+    """The safetensors files of a folder or hub name, opened but not read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self._files = _find_files(self.path)
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> "WeightFiles":
+        for file in set(self._files.values()):
+            handle = safe_open(str(file), framework="pt")
+            self._open[file] = self._stack.enter_context(handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, aliases left out."""
+        return {
+            name: tuple(self._open[file].get_slice(name).get_shape())
+            for name, file in self._files.items()
+            if name not in ALIASES
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory."""
+        return self._open[self._files[name]].get_tensor(name)
+
+
+def check_shapes(path: str, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
+    """Refuse weights that are not exactly the model's.
+
+    Raises: CheckpointError listing unknown, missing and mis-shaped names.
+    """
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shared = expected.keys() & found.keys()
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {found[name]} for {expected[name]}"
+            for name in sorted(shared)
+            if found[name] != expected[name]
+        ],
+    }
+    listed = "; ".join(f"{len(n)} {kind}: {_first(n)}" for kind, n in faults.items() if n)
+    if listed:
+        raise CheckpointError(
+            f"the weights of {path} do not fit its config.json: {listed}; "
+            "name a folder whose weights and config.json belong together"
+        )
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _find_files(path: str) -> dict[str, Path]:
+    """The file of every tensor.
+
+    Raises: CheckpointError if there are no safetensors files.
+    """
+    index = cached_file(path, INDEX, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        return {name: _file(path, file) for name, file in names.items()}
+    single = _file(path, SINGLE)
+    with safe_open(str(single), framework="pt") as handle:
+        return {name: single for name in handle.keys()}
+
+
+def _file(path: str, name: str) -> Path:
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        raise CheckpointError(
+            f"{path} has no {name}; name a folder with safetensors weights, or download it again"
+        )
+    return Path(found)
+
+
+def parameter_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every parameter as its full name, the module that holds it, and its name there."""
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            yield f"{prefix}.{name}".lstrip("."), module, name
+
+
+def load_weights(model: nn.Module, files: WeightFiles, dtype: torch.dtype) -> None:
+    """Give a model that was built on the meta device its weights, on the CPU.
+
+    Raises: CheckpointError if names or shapes do not fit.
+    """
+    check_shapes(files.path, files.shapes(), model)
+    for name, module, own in list(parameter_places(model)):
+        trains = getattr(module, own).requires_grad
+        tensor = files.read(name).to(dtype)
+        setattr(module, own, nn.Parameter(tensor, requires_grad=trains))

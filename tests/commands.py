@@ -1,0 +1,95 @@
+"""Running the project's own commands as a user does: real processes, own ports, nothing left."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from phi3v.training.ranks import RANK_VARIABLES
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+BIN = Path(sys.executable).parent
+TIMEOUT = 180  # seconds; a run here takes about 15
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    """Ours without what would make a child take itself for a rank, and offline."""
+    kept = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    return kept | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+
+
+def start(*command: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment() | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a command and everything it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def run(
+    *command: object, cwd: Path, timeout: float = TIMEOUT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    process = start(*command, cwd=cwd, **variables)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        kill(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def deepspeed(ranks: int, *arguments: object) -> list[object]:
+    """The command line of training under the deepspeed launcher."""
+    port = ["--num_gpus", ranks, "--master_port", free_port()]
+    return [BIN / "deepspeed", *port, LAUNCH / "train.py", *arguments]
+
+
+def torchrun(ranks: int, *arguments: object) -> list[object]:
+    """The command line of training under torchrun, which finds a port itself."""
+    found = ["--nproc_per_node", ranks, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return [BIN / "torchrun", *found, LAUNCH / "train.py", *arguments]
+
+
+def python(*arguments: object) -> list[object]:
+    """The command line of training on one rank."""
+    return [sys.executable, LAUNCH / "train.py", *arguments]
+
+
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    text = (run_folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def last_line(done: subprocess.CompletedProcess[str], kind: str) -> str:
+    """The one line of an error of ours on stderr."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith(f"{kind}: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return lines[0]

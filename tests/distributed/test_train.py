@@ -1,0 +1,183 @@
+"""Training with real DeepSpeed ZeRO-3 on gloo ranks, under every launcher."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.commands import (
+    TIMEOUT,
+    deepspeed,
+    kill,
+    last_line,
+    metrics,
+    python,
+    run,
+    start,
+    torchrun,
+)
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+# Measured: 2.4e-6 between 1, 2 and 4 ranks over 12 steps (order of summation only).
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_model: Path) -> Path:
+    """A run recipe on the tiny shards, 12 steps, everything evaluated in a moment."""
+    path = tmp_path_factory.mktemp("recipe") / "run.yaml"
+    values = {
+        "run": {"out": "run"},
+        "model": {"path": str(tiny_model)},
+        "data": {"shards": str(tiny_shards), "max_tokens": 264, "max_views": 32},
+        "optim": {"lr": 2e-3, "weight_decay": 0.1, "warmup_steps": 3},
+        "train": {"max_steps": STEPS},
+        "eval": {"rows": 4, "metrics": ["exact_match"], "max_new_tokens": 8},
+        "checkpoint": {"every": 4, "keep": 3},
+    }
+    path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """The run folder of two ranks under the deepspeed launcher, never interrupted."""
+    cwd = tmp_path_factory.mktemp("unbroken")
+    done = run(*deepspeed(2, recipe), cwd=cwd, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    return cwd / "run"
+
+
+def losses(folder: Path) -> list[float]:
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [lambda r: python(r), lambda r: torchrun(2, r), lambda r: torchrun(4, r)],
+    ids=["python, 1 rank", "torchrun, 2 ranks", "torchrun, 4 ranks"],
+)
+def test_launchers_and_ranks_give_the_same_losses(
+    command: Callable[[Path], list[object]], unbroken: Path, recipe: Path, tmp_path: Path
+) -> None:
+    done = run(*command(recipe), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), abs=TOLERANCE)
+
+
+def test_training_learns_and_leaves_what_the_interface_promises(unbroken: Path) -> None:
+    values = losses(unbroken)
+    assert values[-1] < values[0] - 1
+    for name in ("config.yaml", "deepspeed.json", "environment.json", "data.json"):
+        assert (unbroken / name).is_file()
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert set(summary["metrics"]) == {"exact_match", "blind_exact_match"}
+    assert summary["metrics"]["exact_match"].keys() == {"value", "low", "high", "n"}
+    assert "<svg" in (unbroken / "report.html").read_text()
+    assert list(unbroken.glob("wandb/offline-run-*/*.wandb"))
+    assert list(unbroken.rglob("metrics.jsonl")) == [unbroken / "metrics.jsonl"]
+    saved = sorted(path.name for path in (unbroken / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000004", "step-00000008", "step-00000012"]
+    assert (unbroken / "checkpoints" / "latest").read_text() == "step-00000012"
+
+
+def test_a_killed_run_goes_on_bit_for_bit(unbroken: Path, recipe: Path, tmp_path: Path) -> None:
+    process = start(*torchrun(2, recipe), cwd=tmp_path)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    deadline = time.monotonic() + TIMEOUT
+    while not latest.is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = len(metrics(tmp_path / "run"))
+    assert 4 <= before < STEPS, "the kill came too late to test anything"
+    done = run(*torchrun(2, recipe), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == losses(unbroken)
+    norms = [[line["grad_norm"] for line in metrics(f)] for f in (tmp_path / "run", unbroken)]
+    assert norms[0] == norms[1]
+
+
+def test_a_finished_run_says_so_and_another_recipe_is_refused(unbroken: Path, recipe: Path) -> None:
+    again = run(*python(recipe), cwd=unbroken.parent)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    other = run(*python(recipe, "optim.lr=1e-3"), cwd=unbroken.parent)
+    assert other.returncode == 2
+    assert "optim.lr" in last_line(other, "ConfigError")
+
+
+def test_another_number_of_ranks_cannot_take_up_a_checkpoint_silently(
+    unbroken: Path, recipe: Path
+) -> None:
+    done = run(*python(recipe, f"train.max_steps={STEPS + 4}"), cwd=unbroken.parent)
+    assert done.returncode == 2
+    assert "saved by 2 ranks, this run has 1" in last_line(done, "CheckpointError")
+
+
+def test_a_world_size_that_does_not_divide_the_batch_is_refused(
+    recipe: Path, tmp_path: Path
+) -> None:
+    done = run(*deepspeed(3, recipe), cwd=tmp_path)
+    assert done.returncode == 2
+    message = last_line(done, "ConfigError")
+    assert "train_batch_size 8 is not divisible by 1 pack x 3 ranks" in message
+
+
+def test_packs_with_and_without_images_never_leave_a_rank_waiting(
+    recipe: Path, tmp_path: Path, mixed_shards: Path
+) -> None:
+    """Text-only rows make packs without images; every parameter is gathered (threshold 0)."""
+    config = json.loads((Path(__file__).parents[2] / "ds_configs/zero3_cpu.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    values = [f"data.shards={mixed_shards}", "data.max_tokens=80", "data.window=4", "eval.rows=0"]
+    done = run(
+        *torchrun(2, recipe, *values, "--deepspeed_config", "zero3.json"), cwd=tmp_path, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    views = [line["views"] for line in metrics(tmp_path / "run")]
+    samples = [line["samples"] for line in metrics(tmp_path / "run")]
+    assert len(views) == STEPS
+    assert any(v < 3 * s for v, s in zip(views, samples, strict=True)), "no pack was without images"
+
+
+def test_whole_epochs_train_on_every_sample_once(recipe: Path, tmp_path: Path) -> None:
+    """The last step has fewer packs than ranks ask for; empty ones fill it."""
+    values = ["train={epochs: 1}", "eval.rows=0", "optim.warmup_steps=0"]
+    done = run(*torchrun(2, recipe, *values), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path / "run")
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert sum(line["samples"] for line in lines) == data["samples"]
+    assert sum(line["label_tokens"] for line in lines) == data["label_tokens"]
+
+
+def test_without_a_recipe_the_sample_products_are_made_and_trained_on(tmp_path: Path) -> None:
+    values = [
+        "train.max_steps=2",
+        "optim.warmup_steps=0",
+        "eval.rows=2",
+        "eval.metrics=[parse_rate]",
+    ]
+    done = run(*deepspeed(2, *values), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path / "runs" / "products")) == 2
+    for made in ("data/products/products.csv", "models/tiny/config.json", "shards/products"):
+        assert (tmp_path / made).exists()
+
+
+def test_an_interrupted_process_group_is_gone(recipe: Path, tmp_path: Path) -> None:
+    process = start(*torchrun(2, recipe), cwd=tmp_path)
+    time.sleep(3)
+    kill(process)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

@@ -1,0 +1,128 @@
+"""slurm/train.sh on a real two-node cluster, with small programs in place of launch/train.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import Cluster, Job
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sh"
+
+MEETING = """
+import sys
+import torch, torch.distributed
+from phi3v.training.ranks import run_command, set_environment
+
+def main():
+    ranks = set_environment()
+    torch.distributed.init_process_group("gloo")
+    total = torch.tensor(ranks.rank)
+    torch.distributed.all_reduce(total)
+    if ranks.is_first:
+        print(f"world={ranks.world_size} sum={int(total)} arguments={sys.argv[1:]}")
+    torch.distributed.destroy_process_group()
+
+if __name__ == "__main__":
+    run_command(main)
+"""
+
+MISTAKE = """
+from phi3v.errors import ConfigError
+from phi3v.training.ranks import run_command, set_environment
+
+def main():
+    set_environment()
+    raise ConfigError("train.max_steps must be int, got 'ten'")
+
+run_command(main)
+"""
+
+LOCAL_VIEW = """
+import os
+names = ("SLURM_LOCALID", "CUDA_VISIBLE_DEVICES", "RANK", "SLURM_CPUS_PER_TASK")
+print("task", *(os.environ.get(name, "unset") for name in names))
+"""
+
+
+def put(folder: Path, program: str) -> Path:
+    """Write the program where train.sh expects it."""
+    path = folder / "launch" / "train.py"
+    path.parent.mkdir()
+    path.write_text(program)
+    return path
+
+
+def submit(cluster: Cluster, folder: Path, *options: str, arguments: tuple[str, ...] = ()) -> Job:
+    export = f"--export=ALL,PHI3V_PYTHON={sys.executable},RANK=7"
+    return cluster.submit(folder, "-N2", export, *options, str(SCRIPT), *arguments)
+
+
+def test_ranks_on_two_nodes_meet_and_get_the_arguments(cluster: Cluster, tmp_path: Path) -> None:
+    put(tmp_path, MEETING)
+    arguments = ("recipe with space.yaml", "train.max_steps=2")
+    job = submit(cluster, tmp_path, arguments=arguments)
+    assert (job.state, job.exit_code) == ("COMPLETED", "0:0"), job.output
+    assert f"world=2 sum=1 arguments={list(arguments)}" in job.output
+
+
+def test_ranks_under_plain_srun_find_their_meeting_point(cluster: Cluster, tmp_path: Path) -> None:
+    output = cluster.run("srun", "-N2", sys.executable, str(put(tmp_path, MEETING)))
+    assert "world=2 sum=1" in output
+
+
+def test_exit_code_2_of_the_ranks_is_the_jobs_and_one_rank_reports(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    put(tmp_path, MISTAKE)
+    job = submit(cluster, tmp_path)
+    assert (job.state, job.exit_code) == ("FAILED", "2:0"), job.output
+    assert job.output.count("ConfigError: train.max_steps must be int, got 'ten'\n") == 1
+    assert "Traceback" not in job.output
+
+
+@pytest.mark.parametrize("binding", [(), ("--gpus-per-task=1",), ("--gpu-bind=single:1",)])
+def test_each_rank_sees_all_gpus_of_its_node(
+    cluster: Cluster, tmp_path: Path, binding: tuple[str, ...]
+) -> None:
+    put(tmp_path, LOCAL_VIEW)
+    gpus = () if "--gpus-per-task=1" in binding else ("--gpus-per-node=2",)
+    job = submit(cluster, tmp_path, "--ntasks-per-node=2", "--cpus-per-task=1", *gpus, *binding)
+    assert job.state == "COMPLETED", job.output
+    tasks = sorted(line for line in job.output.splitlines() if line.startswith("task"))
+    assert tasks == 2 * ["task 0 0,1 unset 1"] + 2 * ["task 1 0,1 unset 1"]
+
+
+@pytest.mark.parametrize("gpus", ["--gpus-per-node=2", "--gres=gpu:2", "--exclusive"])
+def test_a_task_count_that_differs_from_the_gpus_is_refused(
+    cluster: Cluster, tmp_path: Path, gpus: str
+) -> None:
+    put(tmp_path, LOCAL_VIEW)
+    job = submit(cluster, tmp_path, gpus)
+    assert job.exit_code == "2:0"
+    assert job.output == (
+        "slurm/train.sh: 1 tasks per node but 2 GPUs per node; "
+        "call sbatch with --ntasks-per-node=2\n"
+    )
+
+
+def test_a_folder_that_is_no_checkout_and_a_missing_python_are_refused(tmp_path: Path) -> None:
+    """Before the script asks Slurm for anything: so no cluster is needed here."""
+    environment = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}
+
+    def refusal() -> str:
+        ended = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        return ended.stderr
+
+    assert refusal() == (
+        f"slurm/train.sh: no launch/train.py in {tmp_path}; call sbatch from the checkout\n"
+    )
+    put(tmp_path, MEETING)
+    assert refusal() == (
+        f"slurm/train.sh: no python at .venv/bin/python in {tmp_path}; "
+        "run make setup, or export PHI3V_PYTHON=/path/to/python\n"
+    )

@@ -1,0 +1,89 @@
+"""Imports go one way, and each heavy package has one owner (docs/architecture.md)."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "phi3v"
+
+# A layer may import those below it; packages of one line do not import each other.
+LAYERS = (
+    {"errors"},
+    {"geometry", "files", "progress", "config"},
+    {"sample", "views"},
+    {"processing", "data", "model"},
+    {"prepare", "evaluation"},
+    {"training"},
+    {"export"},
+    {"samples"},
+)
+OWNERS = {
+    "deepspeed": {"training/zero.py", "training/ranks.py"},
+    "wandb": {"training/tracking.py"},
+    "pyarrow": {"data/", "prepare/"},
+    "datasets": {"data/", "prepare/"},
+    "PIL": {"processing/", "prepare/images.py", "samples/", "evaluation/"},
+    "yaml": {"config/", "training/run_folder.py", "export.py"},
+}
+BANNED = {"utils", "helpers", "common", "misc", "base", "manager"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module or ""
+
+
+def layer_of(part: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if part in layer)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
+    own = part_of(path)
+    if own == "__init__":
+        return  # registers model and processor, nothing else
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "phi3v" or len(parts) == 1 or parts[1] == own:
+            continue
+        allowed = layer_of(parts[1]) < layer_of(own)
+        assert allowed, f"{path.relative_to(ROOT)} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_heavy_package_has_its_owners_only(package: str) -> None:
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if any(name.split(".")[0] == package for name in imported(path))
+    }
+    strangers = {user for user in users if not user.startswith(tuple(OWNERS[package]))}
+    assert users and not strangers
+
+
+def test_every_module_is_named_after_what_it_is_and_says_so() -> None:
+    for path in FILES:
+        assert path.stem not in BANNED, path
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if tree.body:
+            assert ast.get_docstring(tree), f"{path.relative_to(ROOT)} has no first paragraph"
+
+
+def test_commands_are_thin() -> None:
+    commands = sorted((ROOT / "launch").glob("*.py"))
+    assert commands
+    for path in commands:
+        lines = path.read_text(encoding="utf-8").count("\n")
+        assert lines <= 60, f"launch/{path.name} has {lines} lines; move work into phi3v/"

@@ -1,0 +1,305 @@
+"""Ranks from each launcher's variables, and how a command ends; the commands are real processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed
+
+from phi3v.errors import ConfigError
+from phi3v.training.ranks import (
+    RANK_VARIABLES,
+    Ranks,
+    build_extensions,
+    run_command,
+    set_environment,
+)
+
+DEEPSPEED = {
+    "RANK": "3",
+    "WORLD_SIZE": "5",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "3",
+    "MASTER_ADDR": "10.0.0.7",
+    "MASTER_PORT": "29500",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "5",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "3",
+    "MASTER_ADDR": "10.0.0.7",
+    "MASTER_PORT": "29500",
+}
+STEP = {  # as srun sets them for the fourth of 5 tasks on 3 nodes
+    "SLURM_JOB_ID": "123456",
+    "SLURM_NTASKS": "9",  # the job's, not the step's
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[07,09-10]",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+STEP_WITH_ADDRESS = STEP | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SALLOC_SHELL = BATCH_SCRIPT | {
+    "SLURM_STEP_ID": "4294967290",
+    "SLURM_STEP_NODELIST": "gpu07",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+    "SLURM_NODEID": "0",
+}
+
+
+@pytest.fixture(autouse=True)
+def extensions(tmp_path: Path) -> Iterator[Path]:
+    """A machine without CUDA, launcher variables and extensions; all is as it was afterwards."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    kept["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
+    threads = torch.get_num_threads()
+    with (
+        mock.patch.dict(os.environ, kept, clear=True),
+        mock.patch("torch.cuda.is_available", lambda: False),
+        warnings.catch_warnings(),
+    ):
+        yield tmp_path / "extensions"
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN, STEP_WITH_ADDRESS])
+def test_each_launcher_gives_the_same_ranks_and_variables(launcher: dict[str, str]) -> None:
+    os.environ.update(launcher)
+    ranks = set_environment()
+    assert ranks == Ranks(rank=3, world_size=5, local_rank=1, local_size=2)
+    assert not ranks.is_first
+    values = ("3", "5", "1", "2", "2", "1", "3", "10.0.0.7", "29500")
+    assert {name: os.environ[name] for name in RANK_VARIABLES} == dict(
+        zip(RANK_VARIABLES, values, strict=True)
+    )
+
+
+@pytest.mark.parametrize("variables", [{}, BATCH_SCRIPT, SALLOC_SHELL])
+def test_outside_a_launcher_there_is_one_rank_on_this_machine(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    ranks = set_environment()
+    assert ranks == Ranks(rank=0, world_size=1, local_rank=0, local_size=1)
+    assert ranks.is_first
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
+
+
+@pytest.mark.parametrize("variables", [{}, DEEPSPEED, TORCHRUN, STEP_WITH_ADDRESS])
+def test_a_second_call_changes_nothing(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    ranks = set_environment()
+    environment, filters = dict(os.environ), list(warnings.filters)
+    assert set_environment() == ranks
+    assert dict(os.environ) == environment
+    assert list(warnings.filters) == filters
+
+
+def test_ranks_without_an_address_meet_at_the_first_nodes_address(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\necho "$@" > "$0.asked"\necho "NodeName=gpu07 NodeAddr=10.0.0.7 Port=6818"\n'
+    )
+    scontrol.chmod(0o755)
+    os.environ.update(STEP, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    set_environment()
+    assert (tmp_path / "scontrol.asked").read_text() == "show node --oneliner gpu07\n"
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "23456")
+
+
+def without(variables: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in variables.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE must be set to an integer, got None in the environment; "),
+        (without(DEEPSPEED, "LOCAL_RANK"), "LOCAL_RANK must be set to an integer, got None"),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), "LOCAL_SIZE or LOCAL_WORLD_SIZE must be set"),
+        (DEEPSPEED | {"RANK": "ten"}, "RANK must be set to an integer, got 'ten'"),
+        (DEEPSPEED | {"RANK": "5"}, "rank 5 of 5 ranks, local rank 1 of 2 on this node, is no "),
+        (DEEPSPEED | {"LOCAL_RANK": "2"}, "rank 3 of 5 ranks, local rank 2 of 2 on this node"),
+        (DEEPSPEED | {"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is 4 in the environment, but "),
+        (without(DEEPSPEED, "MASTER_PORT"), "MASTER_PORT is not set, and 5 ranks need one place"),
+        (without(STEP, "SLURM_STEP_NUM_TASKS"), "SLURM_STEP_NUM_TASKS must be set"),
+        (STEP | {"WORLD_SIZE": "9"}, r"was started as rank 3 of 5 and WORLD_SIZE should be 5; "),
+        (STEP | {"PATH": ""}, "`scontrol show node --oneliner gpu07` gives no NodeAddr; export "),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE is 8 in the environment, but this process was started "),
+    ],
+)
+def test_contradictions_are_refused(variables: dict[str, str], message: str) -> None:
+    os.environ.update(variables)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        set_environment()
+
+
+def test_a_machine_without_cuda_gets_one_thread_per_rank() -> None:
+    torch.set_num_threads(2)
+    set_environment()
+    assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_what_the_user_set_is_kept() -> None:
+    chosen = {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "xpu", "TOKENIZERS_PARALLELISM": "true"}
+    os.environ.update(chosen)
+    torch.set_num_threads(2)
+    set_environment()
+    assert {name: os.environ[name] for name in chosen} == chosen
+    assert torch.get_num_threads() == 2
+
+
+def test_extensions_and_their_build_tool_are_looked_for_beside_python() -> None:
+    del os.environ["TORCH_EXTENSIONS_DIR"]
+    os.environ["PATH"] = "/usr/bin"
+    set_environment()
+    assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.prefix, "bin")), "/usr/bin"]
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(Path(sys.prefix, "torch_extensions"))
+
+
+def test_only_the_warning_about_renamed_collectives_is_silenced() -> None:
+    warnings.simplefilter("error")
+    set_environment()
+    tensors = torch.zeros(1), torch.zeros(1)
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        torch.distributed.all_gather_into_tensor(*tensors)
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        torch.distributed.reduce_scatter_tensor(*tensors)
+    with pytest.raises(FutureWarning):
+        warnings.warn("another future", FutureWarning, stacklevel=1)
+
+
+def test_a_dead_lock_is_removed_once_its_orphaned_compilers_have_ended(
+    extensions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = extensions / "fused_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    compiler = subprocess.Popen(["sleep", "1"], cwd=lock.parent)
+    set_environment()
+    assert not lock.exists()
+    assert compiler.poll() == 0
+    waiting = f"waiting for process {compiler.pid}, which builds {lock.parent}\n"
+    assert capsys.readouterr().err == waiting
+
+
+def test_a_lock_is_waited_for_while_its_owner_lives(extensions: Path) -> None:
+    lock = extensions / "fused_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    build = f"exec 3>{lock}; sleep 2; echo built > {lock.parent}/module; rm {lock}"
+    owner = subprocess.Popen(["bash", "-c", build])
+    while not lock.exists():
+        time.sleep(0.01)
+    set_environment()
+    assert (lock.parent / "module").exists()
+    assert owner.wait() == 0  # it found its lock where it had left it
+
+
+def test_a_run_of_several_nodes_leaves_locks_alone(extensions: Path) -> None:
+    lock = extensions / "fused_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.environ.update(DEEPSPEED)
+    set_environment()
+    assert lock.exists()
+
+
+def test_building_extensions_without_a_compiler_is_refused() -> None:
+    os.environ["CXX"] = "no-such-compiler"
+    with pytest.raises(ConfigError, match="no C\\+\\+ compiler 'no-such-compiler' found"):
+        build_extensions()
+
+
+def test_ctrl_c_ends_a_command_with_130_and_defects_keep_their_traceback() -> None:
+    with pytest.raises(SystemExit) as ending:
+        run_command(mock.Mock(side_effect=KeyboardInterrupt))
+    assert ending.value.code == 130
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: print(1 / 0))
+
+
+FAILING = """
+import threading, time
+import torch.distributed
+from phi3v.errors import ShardError
+from phi3v.training import ranks
+
+ranks.GRACE_SECONDS = {grace}
+ranks.STAGGER_SECONDS = 0
+
+def main():
+    {preparation}
+    print("started")
+    raise ShardError("a shard\\nis missing")
+
+if __name__ == "__main__":
+    ranks.run_command(main)
+"""
+LINE = "ShardError: a shard is missing\n"
+
+
+def start_failing(rank: str, grace: float = 60, preparation: str = "") -> "subprocess.Popen[str]":
+    script = FAILING.format(grace=grace, preparation=preparation or "pass")
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", script],
+        env=os.environ | {"RANK": rank},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "grace"),
+    [
+        pytest.param("0", 60, id="rank 0 at once"),
+        pytest.param("1", 0.1, id="another after its grace"),
+        pytest.param("ten", 0.1, id="also when the rank itself is wrong"),
+    ],
+)
+def test_an_error_ends_in_one_line_and_code_2(rank: str, grace: float) -> None:
+    process = start_failing(rank, grace)
+    assert process.communicate(timeout=50) == ("started\n", LINE)
+    assert process.returncode == 2
+
+
+def test_a_rank_that_the_launcher_ends_in_its_grace_says_nothing() -> None:
+    process = start_failing("1")
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=50) == ("", "")
+    assert process.returncode == 2
+
+
+def test_neither_a_process_group_nor_a_thread_holds_a_failed_command_back() -> None:
+    process = start_failing(
+        "0",
+        preparation="ranks.os.environ.update(WORLD_SIZE='1', LOCAL_RANK='0', LOCAL_SIZE='1'); "
+        "ranks.set_environment(); torch.distributed.init_process_group('gloo'); "
+        "threading.Thread(target=time.sleep, args=(600,)).start()",
+    )
+    assert process.communicate(timeout=50) == ("started\n", LINE)
+    assert process.returncode == 2
