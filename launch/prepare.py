@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from phi3v.config import DatasetConfig, load_recipe
-from phi3v.data.format import MANIFEST
+from phi3v.data.format import MANIFEST, REJECTED
 from phi3v.prepare import prepare, verify
 from phi3v.training.ranks import run_command
 
@@ -34,7 +34,7 @@ def main() -> None:
         print(f"{out} {name}: {split['samples']:,} samples, {split['tokens']:,} tokens")
     rejected = manifest["rejected"]
     if rejected["count"]:
-        print(f"{rejected['count']:,} of {manifest['rows']:,} rows rejected, see rejected.jsonl:")
+        print(f"{rejected['count']:,} of {manifest['rows']:,} rows rejected, see {out / REJECTED}:")
         for reason, count in rejected["by_reason"].items():
             print(f"  {count:,} x {reason}")
 

@@ -118,13 +118,14 @@ def open_run(run: Path, max_new_tokens: int, batch_rows: int) -> Generator:
     Raises: ConfigError if it is no run folder; CheckpointError if it has no checkpoint.
     """
     cfg = read_run(run)
+    processor = Phi3VProcessor.from_pretrained(cfg.model.path)
     checkpoints = RunFolder(run).checkpoints
     config = Phi3VConfig.from_pretrained(cfg.model.path)
     weights = load_weights(checkpoints, find_step(checkpoints, None), config, config.dtype)
     with torch.device("meta"):
         model = Phi3VForCausalLM(config)
     model.load_state_dict(weights, assign=True)
-    return as_generator(model, cfg.model.path, max_new_tokens, batch_rows)
+    return as_generator(model, processor, max_new_tokens, batch_rows)
 
 
 def load_weights(

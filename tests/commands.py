@@ -1,13 +1,15 @@
 """Running the project's own commands as a user does: real processes, own ports, nothing left."""
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from phi3v.training.ranks import RANK_VARIABLES
 
@@ -44,11 +46,13 @@ def start(*command: object, cwd: Path, **variables: str) -> subprocess.Popen[str
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a command and everything it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+    """End a command and everything it started; torchrun's ranks are in sessions of their own."""
+    if process.poll() is not None:
         return
+    family = psutil.Process(process.pid)
+    for member in [*family.children(recursive=True), family]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
 
 

@@ -16,7 +16,7 @@ from tests.commands import BIN, ROOT, free_port, metrics, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Runs are cut short; what a command does stays the same.
-SHORT = ["train.max_steps=2", "optim.warmup_steps=0", "eval.rows=4"]
+SHORT = ["train.max_steps=2", "eval.rows=4"]
 ELSEWHERE = {
     "make setup": "is what makes this test's environment",
     "make test": "is what runs this test",

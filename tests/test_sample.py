@@ -51,9 +51,7 @@ def test_a_rewritten_prompt_is_the_prompt_of_the_other_images(
 ) -> None:
     order = data.draw(st.permutations(range(1, images + 1)))
     text = "a" + "".join(f"<|image_{number}|>bb" for number in order)
-    before, after = (
-        data.draw(st.lists(GRIDS, min_size=images, max_size=images)) for _ in range(2)
-    )
+    before, after = (data.draw(st.lists(GRIDS, min_size=images, max_size=images)) for _ in range(2))
     ids = encode(tokenizer(), text, [image_tokens(grid, SIDE) for grid in before])
     expected = encode(tokenizer(), text, [image_tokens(grid, SIDE) for grid in after])
     canvases = tuple(canvas(grid) for grid in after)

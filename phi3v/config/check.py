@@ -17,18 +17,8 @@ def check(cfg: RunConfig, ds: DeepSpeedConfig) -> None:
 
     Raises: ConfigError naming the keys and both values.
     """
-    _check_warmup(cfg)
     _check_freeze(cfg)
     _check_decay(cfg, ds)
-
-
-def _check_warmup(cfg: RunConfig) -> None:
-    steps, warmup = cfg.train.max_steps, cfg.optim.warmup_steps
-    if steps is not None and warmup >= steps:
-        raise ConfigError(
-            f"optim.warmup_steps {warmup} must be below train.max_steps {steps}; "
-            f"use at most {steps - 1}"
-        )
 
 
 def _check_freeze(cfg: RunConfig) -> None:

@@ -36,6 +36,6 @@ def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except OSError as error:
+    except Exception as error:  # Pillow's decoders: OSError, SyntaxError, RuntimeError and others
         raise ConfigError(f"--image {path} cannot be read ({error}); name a picture") from error
     return image

@@ -3,55 +3,32 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator
-from phi3v.model import Phi3VForCausalLM
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.weights import WeightFiles, load_weights
 from phi3v.processing import Phi3VProcessor
 
 
 def open_model(path: str | Path, max_new_tokens: int, batch_rows: int = 1) -> Generator:
-    """Load a model folder, ready to answer.
+    """Load a model folder or hub name, ready to answer.
 
-    Raises: ConfigError if a file is missing.
+    Raises: ConfigError if it is no model folder; CheckpointError if its weights do not fit.
     """
-    model = read_model(path, "auto")
-    return as_generator(model, path, max_new_tokens, batch_rows)
-
-
-def read_model(path: str | Path, dtype: torch.dtype | str) -> Phi3VForCausalLM:
-    """Read a model's configuration and weights from a folder or the hub.
-
-    Raises: ConfigError if a file is missing or damaged, or a weight is missing or of another shape,
-    which transformers would replace by a random one.
-    """
-    try:
-        model, report = Phi3VForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{path} holds no model that can be read ({str(error).splitlines()[0]}); name a model "
-            "folder such as models/tiny, or a hub model"
-        ) from error
-    absent = sorted(report["missing_keys"])
-    wrong = absent + sorted(name for name, *_ in report["mismatched_keys"])
-    if wrong:
-        fault = "missing" if absent else "of another shape than config.json says"
-        raise ConfigError(
-            f"{path} lacks {len(wrong)} of the model's weights: {wrong[0]} is {fault}; "
-            "fetch or export the folder again"
-        )
-    return model
+    processor = Phi3VProcessor.from_pretrained(path)
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(path))
+    with WeightFiles(path) as files:
+        load_weights(model, files, model.config.dtype)
+    return as_generator(model, processor, max_new_tokens, batch_rows)
 
 
 def as_generator(
-    model: Phi3VForCausalLM, path: str | Path, max_new_tokens: int, batch_rows: int
+    model: Phi3VForCausalLM, processor: Phi3VProcessor, max_new_tokens: int, batch_rows: int
 ) -> Generator:
-    """Put a model on the device there is, with the tokenizer and image settings of a folder."""
-    processor = Phi3VProcessor.from_pretrained(path)
+    """Put a model on the device there is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     placed = model.to(device).eval()
     return Generator(placed, processor.tokenizer, processor.views, max_new_tokens, batch_rows)

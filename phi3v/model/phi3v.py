@@ -258,14 +258,15 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         input_ids, labels  (1, T), the samples laid end to end
         segment_lengths    tokens of each sample
         views, grids       the images of all samples in order; None for a pack of text, which then
-                           takes a blank view through the tower (see ImageEmbedding.blank)
+                           takes a blank view through the tower (see ImageEmbedding.forward)
         returns            scalar float32, not divided by anything
 
         Logits are made only at trained positions.
         """
         embedded = self.model.embed(input_ids, views, grids)
         if views is None:
-            embedded = embedded + self.model.vision_embed_tokens.blank().to(embedded.dtype)
+            nothing = self.model.vision_embed_tokens(None, ())
+            embedded = embedded + nothing.sum().to(embedded.dtype)
         limit = self.config.original_max_position_embeddings
         positions = torch.cat([torch.arange(n) for n in segment_lengths])
         is_long = torch.cat([torch.full((n,), n > limit) for n in segment_lengths])

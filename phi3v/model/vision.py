@@ -104,12 +104,17 @@ class ImageEmbedding(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size),
         )
 
-    def forward(self, views: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(self, views: Tensor | None, grids: Sequence[Grid]) -> Tensor:
         """Embed the images of a batch, one after the other.
 
-        views    (N, 3, size, size), N = sum of the grids' views
-        returns  (L, D)
+        views    (N, 3, size, size), N = sum of the grids' views; None for a batch without images
+        returns  (L, D); without images a blank view's embedding, times zero
+
+        Under ZeRO-3 all ranks must run the same modules in the same order: a rank whose pack has
+        no image would otherwise leave the others waiting for it. The blank costs one view.
         """
+        if views is None:
+            return self.img_projection(self.blank()) * 0
         patches = self.img_processor(views)  # (N, P, C)
         per_image = patches.split([grid.views for grid in grids])
         sequences = [self.arrange(p, grid) for p, grid in zip(per_image, grids, strict=True)]
@@ -133,15 +138,11 @@ class ImageEmbedding(nn.Module):
         return torch.cat([image_map, separator], dim=1).flatten(0, 1)
 
     def blank(self) -> Tensor:
-        """Zero, by way of every trainable parameter here, for a pack without images.
-
-        Under ZeRO-3 all ranks must gather the same modules in the same order; a rank whose pack
-        has no image would otherwise leave the others waiting. Costs one view.
-        """
+        """The sequence of a blank global view, in which every parameter has its part."""
         parameter = self.glb_GN
         view = torch.zeros(1, *self.view_shape, dtype=parameter.dtype, device=parameter.device)
         overview = merge_crops(self.img_processor(view), Grid(1, 1), self.side)
-        return self.img_projection(torch.cat([self.end_lines(overview), self.glb_GN[0]])).sum() * 0
+        return torch.cat([self.end_lines(overview), self.glb_GN[0]])
 
 
 def merge_crops(crops: Tensor, grid: Grid, side: int) -> Tensor:

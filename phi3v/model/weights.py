@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
@@ -35,8 +35,7 @@ class WeightFiles:
 
     def __enter__(self) -> "WeightFiles":
         for file in set(self._files.values()):
-            handle = safe_open(str(file), framework="pt")
-            self._open[file] = self._stack.enter_context(handle)
+            self._open[file] = self._stack.enter_context(_open(file))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -87,15 +86,22 @@ def _first(names: list[str]) -> str:
 def _find_files(path: str) -> dict[str, Path]:
     """The file of every tensor.
 
-    Raises: CheckpointError if there are no safetensors files.
+    Raises: CheckpointError if there are no safetensors files, or one is damaged.
     """
     index = cached_file(path, INDEX, _raise_exceptions_for_missing_entries=False)
     if index is not None:
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         return {name: _file(path, file) for name, file in names.items()}
     single = _file(path, SINGLE)
-    with safe_open(str(single), framework="pt") as handle:
+    with _open(single) as handle:
         return {name: single for name in handle.keys()}
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); download it again") from error
 
 
 def _file(path: str, name: str) -> Path:

@@ -1,8 +1,6 @@
 """Training with real DeepSpeed ZeRO-3 on gloo ranks, under every launcher."""
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +34,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_mod
         "run": {"out": "run"},
         "model": {"path": str(tiny_model)},
         "data": {"shards": str(tiny_shards), "max_tokens": 264, "max_views": 32},
-        "optim": {"lr": 2e-3, "weight_decay": 0.1, "warmup_steps": 3},
+        "optim": {"lr": 1e-3, "weight_decay": 0.1, "warmup_steps": 100, "schedule": "constant"},
         "train": {"max_steps": STEPS},
         "eval": {"rows": 4, "metrics": ["exact_match"], "max_new_tokens": 8},
         "checkpoint": {"every": 4, "keep": 3},
@@ -96,8 +94,7 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken: Path, recipe: Path, tmp_path
     while not latest.is_file():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     before = len(metrics(tmp_path / "run"))
     assert 4 <= before < STEPS, "the kill came too late to test anything"
     done = run(*torchrun(2, recipe), cwd=tmp_path)
@@ -110,7 +107,7 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken: Path, recipe: Path, tmp_path
 def test_a_finished_run_says_so_and_another_recipe_is_refused(unbroken: Path, recipe: Path) -> None:
     again = run(*python(recipe), cwd=unbroken.parent)
     assert again.returncode == 0 and "is finished" in again.stdout
-    other = run(*python(recipe, "optim.lr=1e-3"), cwd=unbroken.parent)
+    other = run(*python(recipe, "optim.lr=3e-3"), cwd=unbroken.parent)
     assert other.returncode == 2
     assert "optim.lr" in last_line(other, "ConfigError")
 
@@ -173,11 +170,3 @@ def test_without_a_recipe_the_sample_products_are_made_and_trained_on(tmp_path: 
     assert len(metrics(tmp_path / "runs" / "products")) == 2
     for made in ("data/products/products.csv", "models/tiny/config.json", "shards/products"):
         assert (tmp_path / made).exists()
-
-
-def test_an_interrupted_process_group_is_gone(recipe: Path, tmp_path: Path) -> None:
-    process = start(*torchrun(2, recipe), cwd=tmp_path)
-    time.sleep(3)
-    kill(process)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
