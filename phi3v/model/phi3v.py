@@ -7,6 +7,7 @@ Letters: B sequences, T tokens, N views, I images, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from phi3v.model.attention import ATTENTION, padding_mask
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.rotary import rotary
 from phi3v.model.vision import ImageEmbedding
+from phi3v.model.weights import WeightFiles, check_shapes
 from phi3v.sample import IGNORED
 
 
@@ -196,10 +198,22 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which makes every parameter that it loads trainable."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a folder or hub name, as transformers does, but only weights that are the model's.
+
+        Raises: CheckpointError listing names that are missing, unknown or of another shape, which
+        transformers would draw at random, or pass over.
+        """
+        config = kwargs.get("config") or Phi3VConfig.from_pretrained(pretrained_model_name_or_path)
+        with torch.device("meta"):
+            skeleton = cls(config)
+        with WeightFiles(pretrained_model_name_or_path) as files:
+            check_shapes(files.path, files.shapes(), skeleton)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers makes every parameter that it loads trainable.
         model.model.vision_embed_tokens.img_processor.vision_model.freeze_unused()
         return loaded
 
