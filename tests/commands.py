@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +10,12 @@ from typing import Any
 
 import psutil
 
-from phi3v.training.ranks import RANK_VARIABLES
+from phi3v.training.ranks import RANK_VARIABLES, free_port
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 BIN = Path(sys.executable).parent
 TIMEOUT = 180  # seconds; a run here takes about 15
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment() -> dict[str, str]:

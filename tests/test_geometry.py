@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from phi3v.errors import SampleError
@@ -45,6 +45,7 @@ def test_every_layout_of_100_000_sizes_is_the_published() -> None:
     assert 100 < vanished < SIZES // 10  # of both kinds there are enough
 
 
+@settings(deadline=None)
 @given(PIXELS, PIXELS, CROPS, st.sampled_from([28, 56, 336]))
 def test_a_layout_fills_the_crops_it_may_and_keeps_the_shape(
     width: int, height: int, num_crops: int, crop: int
@@ -64,6 +65,7 @@ def test_a_layout_fills_the_crops_it_may_and_keeps_the_shape(
     assert after - layout.pad_before in (0, 1)
 
 
+@settings(deadline=None)
 @given(PIXELS, PIXELS, CROPS)
 def test_a_portrait_is_laid_out_as_the_landscape_on_its_side(a: int, b: int, crops: int) -> None:
     assume(a != b)
@@ -116,6 +118,7 @@ def test_the_published_numbers_of_image_tokens(grid: Grid, tokens: int) -> None:
     assert image_tokens(grid, 12) == tokens
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 14))
 def test_image_tokens_are_the_merged_patches_and_one_separator_a_line(
     rows: int, cols: int, side: int

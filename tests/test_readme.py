@@ -12,7 +12,8 @@ import yaml
 
 from phi3v.config import DatasetConfig, RunConfig, load_recipe
 from phi3v.config.load import build_recipe
-from tests.commands import BIN, ROOT, free_port, metrics, run
+from phi3v.training.ranks import free_port
+from tests.commands import BIN, ROOT, metrics, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Runs are cut short; what a command does stays the same.

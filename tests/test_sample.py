@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v.geometry import Grid, grid_of, image_tokens
@@ -45,6 +45,7 @@ def test_a_prompt_without_images_is_itself() -> None:
     assert with_images(ids, (), CROP, SIDE).tolist() == ids.tolist()
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(1, 3))
 def test_a_rewritten_prompt_is_the_prompt_of_the_other_images(
     data: st.DataObject, images: int

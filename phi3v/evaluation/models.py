@@ -7,8 +7,7 @@ import torch
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator
-from phi3v.model import Phi3VConfig, Phi3VForCausalLM
-from phi3v.model.weights import WeightFiles, load_weights
+from phi3v.model import Phi3VForCausalLM
 from phi3v.processing import Phi3VProcessor
 
 
@@ -18,10 +17,7 @@ def open_model(path: str | Path, max_new_tokens: int, batch_rows: int = 1) -> Ge
     Raises: ConfigError if it is no model folder; CheckpointError if its weights do not fit.
     """
     processor = Phi3VProcessor.from_pretrained(path)
-    with torch.device("meta"):
-        model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(path))
-    with WeightFiles(path) as files:
-        load_weights(model, files, model.config.dtype)
+    model = Phi3VForCausalLM.from_pretrained(path, dtype="auto")
     return as_generator(model, processor, max_new_tokens, batch_rows)
 
 

@@ -27,7 +27,6 @@ from phi3v.model.vision import ImageEmbedding
 from phi3v.model.weights import WeightFiles, check_shapes
 from phi3v.sample import IGNORED
 
-
 # Modules whose parameters are best gathered at once, under ZeRO-3: a layer at a time.
 LAYERS = (Phi3DecoderLayer, CLIPEncoderLayer)
 

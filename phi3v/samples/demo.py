@@ -79,11 +79,12 @@ def run_demo(folders: DemoFolders, launch: Path, overrides: Sequence[str]) -> No
     Raises: ConfigError if a command fails.
     """
     began = time.perf_counter()
+    values = [f"run.out={folders.run}", f"model.path={folders.model}"]
+    values += [f"data.shards={folders.shards}", *overrides]
+    load_recipe(RunConfig, folders.recipes / "demo.yaml", values)  # a mistake is told at once
     for folder in (folders.data, folders.model, folders.shards, folders.run):
         shutil.rmtree(folder, ignore_errors=True)
     make_inputs(_dataset_recipe(folders))
-    values = [f"run.out={folders.run}", f"model.path={folders.model}"]
-    values += [f"data.shards={folders.shards}", *overrides]
     ranks = min(RANKS, torch.cuda.device_count()) if torch.cuda.is_available() else RANKS
     python = Path(sys.executable)
     _run(

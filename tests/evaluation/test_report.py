@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.evaluation import report
 from phi3v.evaluation.charts import Curve, line_chart, short_number, smooth
 from phi3v.evaluation.report import Example, write_report
 
@@ -208,7 +208,7 @@ def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(render, tmp_pa
     def broken(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "fsync", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="disk full"):
         render(steps=[step(1)])
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

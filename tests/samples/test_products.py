@@ -160,13 +160,13 @@ def test_limited_editions_are_spread_over_the_catalogue() -> None:
     assert len({row % 46 for row in rows}) > 20
 
 
-def test_one_picture_in_twelve_is_wide_or_tall() -> None:
-    sizes = [draw_product(product, 0).size for product in list_products(500, 0)]
+def test_one_picture_in_eleven_is_wide_or_tall() -> None:
+    sizes = [draw_product(product, 0).size for product in list_products(800, 0)]
     ratios = [width / height for width, height in sizes]
     wide, tall = sum(r > 2 for r in ratios), sum(r < 0.5 for r in ratios)
     assert wide >= 10
     assert tall >= 10
-    assert 0.05 < (wide + tall) / len(ratios) < 0.12
+    assert 0.07 < (wide + tall) / len(ratios) < 0.12
     assert all(1 / 1.45 < r < 1.45 or not 1 / 2.05 < r < 2.05 for r in ratios)
     assert {max(size) for size in sizes} <= set(range(128, 221))
     assert any(r > 3 or r < 1 / 3 for r in ratios)

@@ -271,6 +271,7 @@ def start_failing(rank: str, grace: float = 60, preparation: str = "") -> "subpr
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "grace"),
     [
@@ -285,6 +286,7 @@ def test_an_error_ends_in_one_line_and_code_2(rank: str, grace: float) -> None:
     assert process.returncode == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_the_launcher_ends_in_its_grace_says_nothing() -> None:
     process = start_failing("1")
     assert process.stdout is not None and process.stdout.readline() == "started\n"
@@ -294,6 +296,7 @@ def test_a_rank_that_the_launcher_ends_in_its_grace_says_nothing() -> None:
     assert process.returncode == 2
 
 
+@pytest.mark.slow
 def test_neither_a_process_group_nor_a_thread_holds_a_failed_command_back() -> None:
     process = start_failing(
         "0",

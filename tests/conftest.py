@@ -1,0 +1,61 @@
+"""What every test stands on: no ranks of a launcher, no hub, one thread; small real inputs."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # is read when huggingface_hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi3v.training.ranks import RANK_VARIABLES
+from tests.tiny import make_catalogue, make_mixed_shards, make_model, make_shards
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_rank() -> None:
+    """Whatever started pytest, tests are no ranks; two threads on two busy cores are slower."""
+    torch.set_num_threads(1)
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """A command that is called in-process sets variables: they end with the test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 sample products: products.csv and images/."""
+    return make_catalogue(tmp_path_factory.mktemp("catalogue"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights; do not write into it."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(
+    tmp_path_factory: pytest.TempPathFactory, catalogue: Path, tiny_model: Path
+) -> Path:
+    """The catalogue's dataset, splits train and validation; do not write into it."""
+    return make_shards(catalogue, tiny_model, tmp_path_factory.mktemp("shards") / "products")
+
+
+@pytest.fixture(scope="session")
+def mixed_shards(
+    tmp_path_factory: pytest.TempPathFactory, catalogue: Path, tiny_model: Path
+) -> Path:
+    """48 samples, every other one without a picture; none longer than 80 tokens."""
+    return make_mixed_shards(catalogue, tiny_model, tmp_path_factory.mktemp("mixed"))

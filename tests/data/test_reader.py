@@ -1,0 +1,154 @@
+"""A damaged or foreign folder is refused, and the file is named; no damage crashes the reader."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phi3v.data import Dataset
+from phi3v.errors import ShardError
+from tests.tiny import make_sample, write_samples
+
+SHARDS = ["train-00000.arrow", "train-00001.arrow"]
+FILES = [*SHARDS, "train.index.arrow"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three small samples in two shards."""
+    grids = [[(1, 1)], [], [(1, 2)]]
+    samples = [make_sample(f"s{k}", 5 + k, grids[k]) for k in range(3)]
+    return write_samples(tmp_path / "shards", samples, shard_bytes=4_000)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def flip(path: Path, position: int, bits: int = 0xFF) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= bits
+    path.write_bytes(data)
+
+
+def refusal(folder: Path, split: str = "train") -> str:
+    with pytest.raises(ShardError) as caught:
+        Dataset(folder, split)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_opening_names_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert refusal(folder) == (
+        f"{folder / name} is missing though the manifest lists it; "
+        "remove the dataset folder and run launch/prepare.py again"
+    )
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_opening_names_a_file_of_another_size(folder: Path, name: str, difference: int) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-1] if difference < 0 else data + b"x")
+    assert refusal(folder).startswith(
+        f"{folder / name} has {len(data) + difference:,} bytes, the manifest says {len(data):,}; "
+    )
+
+
+def test_a_folder_without_a_manifest_is_no_dataset(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    assert refusal(folder) == (
+        f"{folder} holds no manifest.json, so it is no dataset; make it with launch/prepare.py"
+    )
+
+
+@pytest.mark.parametrize("text", ["", '{"format_version": 1', "\u00e4", "\x00"])
+def test_a_manifest_that_is_no_json_is_named(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_bytes(text.encode("latin-1"))
+    assert refusal(folder).startswith(f"{folder}/manifest.json is not valid JSON (")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_refused(folder: Path, version: object) -> None:
+    edit_manifest(folder, lambda manifest: manifest.update(format_version=version))
+    assert f"manifest.json has format_version {version}, this program reads 1; " in refusal(folder)
+
+
+def test_a_manifest_that_is_a_list_is_refused(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[]")
+    assert "has format_version None" in refusal(folder)
+
+
+def test_an_unknown_split_is_refused_with_the_known_ones(folder: Path) -> None:
+    assert refusal(folder, "test") == (
+        f"{folder} has no split 'test', it has: train; name one of these"
+    )
+
+
+def test_an_index_that_does_not_fit_the_manifest_is_refused(folder: Path) -> None:
+    edit_manifest(folder, lambda m: m["splits"]["train"]["shards"][0].update(samples=7))
+    assert refusal(folder).startswith(f"{folder}/train.index.arrow cannot be read (it does not ")
+
+
+def test_verify_accepts_what_was_written(folder: Path) -> None:
+    Dataset(folder, "train").verify()
+
+
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_verify_names_the_file_with_one_flipped_bit(folder: Path, name: str, share: float) -> None:
+    dataset = Dataset(folder, "train")
+    flip(folder / name, int(share * (folder / name).stat().st_size), bits=1)
+    with pytest.raises(ShardError, match=f"{name} has SHA-256 .* the file is damaged; remove the"):
+        dataset.verify()
+    with pytest.raises(ShardError, match=name):  # opened after the damage
+        Dataset(folder, "train").verify()
+
+
+def test_verify_names_an_index_with_one_flipped_bit(folder: Path) -> None:
+    dataset = Dataset(folder, "train")
+    flip(folder / "train.index.arrow", -20, bits=1)
+    with pytest.raises(ShardError, match="train.index.arrow has SHA-256"):
+        dataset.verify()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_verify_names_a_file_truncated_since_it_was_opened(folder: Path, name: str) -> None:
+    dataset = Dataset(folder, "train")
+    (folder / name).write_bytes((folder / name).read_bytes()[:-8])
+    with pytest.raises(ShardError, match=f"{name} has [0-9,]+ bytes, the manifest says"):
+        dataset.verify()
+
+
+def test_a_sample_that_cannot_be_read_is_a_shard_error_naming_file_and_sample(
+    folder: Path,
+) -> None:
+    """Damage that opening cannot see: a shard of the right size full of zeros."""
+    path = folder / SHARDS[1]
+    path.write_bytes(bytes(path.stat().st_size))
+    dataset = Dataset(folder, "train")
+    dataset[0]
+    with pytest.raises(ShardError, match=f"{path} cannot be read at sample 2 .*; remove the"):
+        dataset[2]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_flipped_byte_crashes_the_reader(folder: Path, name: str) -> None:
+    """Measured once over every byte and three patterns: ShardError or other values, no crash."""
+    path = folder / name
+    good = path.read_bytes()
+    refused = 0
+    for position in range(0, len(good), 61):
+        flip(path, position)
+        try:
+            list(Dataset(folder, "train"))
+        except ShardError as error:
+            assert str(folder) in str(error)
+            refused += 1
+        path.write_bytes(good)
+    assert refused > 3

@@ -1,0 +1,117 @@
+"""Phi3VProcessor: one call for a prompt and its pictures, settings from a model folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from phi3v.errors import ConfigError, SampleError
+from phi3v.processing import Phi3VProcessor
+from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD, TinySizes, processor_settings
+from tests.processing.tokens import tokenizer
+
+SIZES = TinySizes(num_crops=6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What of a model folder the processor reads."""
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor_settings(SIZES)))
+    (tmp_path / "config.json").write_text('{"vision_config": {"image_size": 56}}')
+    return tmp_path
+
+
+def picture(width: int, height: int) -> Image.Image:
+    random = np.random.default_rng(width)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_settings_are_read_from_a_model_folder(folder: Path) -> None:
+    processor = Phi3VProcessor.from_pretrained(folder)
+    assert (processor.num_crops, processor.crop_size, processor.side) == (6, 56, 2)
+    assert (processor.image_mean, processor.image_std) == (CLIP_MEAN, CLIP_STD)
+    text = "A red cat, 12.50 EUR."
+    assert processor.tokenizer(text).input_ids == tokenizer()(text).input_ids
+
+
+def test_num_crops_can_be_chosen(folder: Path) -> None:
+    assert Phi3VProcessor.from_pretrained(folder, num_crops=1).num_crops == 1
+
+
+def test_without_sizes_in_config_json_the_tower_is_the_published(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    processor = Phi3VProcessor.from_pretrained(folder)
+    assert (processor.crop_size, processor.side) == (336, 12)
+
+
+@pytest.mark.parametrize("missing", ["preprocessor_config.json", "config.json"])
+def test_a_folder_without_its_settings_is_refused(folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(ConfigError, match=f"has no {missing}; name a model folder"):
+        Phi3VProcessor.from_pretrained(folder)
+
+
+def test_the_digest_is_of_the_whole_tokenizer(folder: Path) -> None:
+    digest = Phi3VProcessor.from_pretrained(folder).tokenizer_digest
+    assert digest == Phi3VProcessor.from_pretrained(folder).tokenizer_digest
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["normalizer"] = None
+    path.write_text(json.dumps(definition))
+    assert Phi3VProcessor.from_pretrained(folder).tokenizer_digest != digest
+
+
+@pytest.fixture
+def processor() -> Phi3VProcessor:
+    return Phi3VProcessor(tokenizer(), 4, CLIP_MEAN, CLIP_STD, 56)
+
+
+def test_a_prompt_with_pictures(processor: Phi3VProcessor) -> None:
+    pictures = [picture(60, 60), picture(224, 56)]
+    copies = [each.copy() for each in pictures]
+    inputs = processor("<|image_1|> or <|image_2|>?", pictures)
+    assert inputs["image_sizes"].tolist() == [[112, 112], [56, 224]]
+    assert inputs["pixel_values"].shape == (2, 5, 3, 56, 56)
+    assert inputs["num_img_tokens"] == [27, 25]
+    ids = inputs["input_ids"]
+    assert [(ids == -number).sum().item() for number in (1, 2)] == [27, 25]
+    assert torch.equal(inputs["attention_mask"], torch.ones_like(ids))
+    assert pictures == copies
+
+
+def test_one_picture_needs_no_list(processor: Phi3VProcessor) -> None:
+    one, listed = (processor("<|image_1|>", each) for each in (picture(9, 9), [picture(9, 9)]))
+    for key, value in listed.items():
+        assert torch.equal(torch.as_tensor(one[key]), torch.as_tensor(value)), key
+
+
+@pytest.mark.parametrize("images", [None, [], ()])
+def test_a_text_alone_is_only_tokenised(processor: Phi3VProcessor, images: list | None) -> None:
+    inputs = processor("A cat.", images)
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"].tolist() == [tokenizer()("A cat.").input_ids]
+
+
+def test_a_tag_without_pictures_is_text(processor: Phi3VProcessor) -> None:
+    """As the published processor."""
+    assert (processor("<|image_1|>").input_ids >= 0).all()
+
+
+def test_several_texts_with_pictures_are_refused(processor: Phi3VProcessor) -> None:
+    with pytest.raises(TypeError, match="with images, text must be one string"):
+        processor(["<|image_1|>"], [picture(9, 9)])
+
+
+def test_another_number_of_pictures_than_tags_is_refused(processor: Phi3VProcessor) -> None:
+    with pytest.raises(SampleError, match="do not number 2 images"):
+        processor("<|image_1|>", [picture(9, 9), picture(9, 9)])
+
+
+def test_ids_are_decoded_by_the_tokenizer(processor: Phi3VProcessor) -> None:
+    ids = processor("A red cat.").input_ids
+    assert processor.decode(ids[0], skip_special_tokens=True) == "A red cat."
+    assert processor.batch_decode(ids, skip_special_tokens=True) == ["A red cat."]

@@ -1,0 +1,124 @@
+"""What is checked before a run starts anything slow, or writes anything."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepspeed
+from phi3v.errors import ConfigError, ShardError
+from phi3v.prepare import prepare
+from phi3v.training.loop import Run, open_run, train
+from phi3v.training.ranks import Ranks
+from phi3v.training.run_folder import RunFolder
+from tests.tiny import make_model, product_recipe
+
+DEEPSPEED = load_deepspeed(default_deepspeed(has_cuda=False), world_size=2)
+RANKS = Ranks(rank=0, world_size=2, local_rank=0, local_size=2)
+
+
+@pytest.fixture
+def values(tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe that can be run, as YAML would give it."""
+    return {
+        "run": {"out": str(tmp_path / "run")},
+        "model": {"path": str(tiny_model)},
+        "data": {"shards": str(tiny_shards), "max_tokens": 264},
+        "optim": {"lr": 1e-3},
+        "train": {"max_steps": 3},
+    }
+
+
+def opened(values: dict[str, Any], *overrides: str) -> Run:
+    cfg = build_recipe(RunConfig, values, Path("demo.yaml"), overrides)
+    return open_run(cfg, DEEPSPEED, RANKS)
+
+
+def refusal(values: dict[str, Any], *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        opened(values, *overrides)
+    return str(caught.value)
+
+
+def test_a_sound_recipe_opens_and_writes_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    assert opened(values).total_steps == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_epochs_are_as_many_steps_as_their_packs_fill(values: dict[str, Any]) -> None:
+    run = opened(values | {"train": {"epochs": 3}})
+    packs = sum(len(run.plan.epoch(epoch)) for epoch in range(3))
+    assert packs % DEEPSPEED.train_batch_size, "the last step must have fewer packs"
+    assert run.total_steps == packs // DEEPSPEED.train_batch_size + 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.metrics=[bleu]", "eval.metrics has 'bleu', but without a pattern the known names"),
+        ("eval={pattern: '{a}', metrics: [a_mape]}", "eval.metrics has 'a_mape', which the patte"),
+        ("eval.pattern='{a'", "eval.pattern '{a' has unbalanced braces"),
+    ],
+)
+def test_metrics_that_could_not_be_computed_at_the_end_are_refused(
+    values: dict[str, Any], override: str, message: str
+) -> None:
+    assert refusal(values, override).startswith(message)
+    opened(values, override, "eval.rows=0")  # then they are not computed
+
+
+def test_an_evaluation_without_rows_is_refused(
+    values: dict[str, Any], catalogue: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    prepare(product_recipe(catalogue, tiny_model, shards, split={"validation": 1e-12}))
+    message = refusal(values, f"data.shards={shards}")
+    assert message.startswith(f"{shards} has no rows in split 'validation'; ")
+    opened(values, f"data.shards={shards}", "eval.rows=0")
+
+
+def test_a_split_that_is_not_there_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ShardError, match="has no split 'test', it has: train, validation"):
+        opened(values, "eval.split=test")
+
+
+def test_a_sample_larger_than_a_pack_is_refused(values: dict[str, Any]) -> None:
+    message = refusal(values, "data.max_tokens=20")
+    assert " tokens and 5 views, a pack holds data.max_tokens 20 and data.max_views 64; " in message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [({"text_pieces": 100}, "tokenizer"), ({"image_size": 84}, "image settings")],
+)
+def test_shards_of_another_model_are_refused(
+    values: dict[str, Any], tmp_path: Path, sizes: dict[str, int], what: str
+) -> None:
+    other = make_model(tmp_path / "other", **sizes)
+    message = refusal(values, f"model.path={other}")
+    assert message.endswith(
+        f" were prepared for a model with another {what} than {other}; prepare them again with "
+        "this model"
+    )
+
+
+def test_another_recipe_in_the_run_folder_is_refused(values: dict[str, Any]) -> None:
+    run = opened(values)
+    run.folder.path.mkdir()
+    run.folder.write_origin(run.cfg, run.ds, {}, world_size=2)
+    opened(values, "train.max_steps=9", "eval.rows=1")
+    assert "was started with another recipe: optim.lr differ; " in refusal(values, "optim.lr=1")
+
+
+def test_a_finished_run_says_so_and_is_not_started(
+    values: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(Path(values["run"]["out"]))
+    folder.path.mkdir()
+    folder.write_summary({"is_finished": True, "steps": 3})
+    cfg = build_recipe(RunConfig, values, Path("demo.yaml"), [])
+    train(cfg, DEEPSPEED, RANKS)  # would look for other ranks otherwise
+    assert capsys.readouterr().out == f"{folder.path} is finished: 3 steps; see summary.json\n"
+    assert [path.name for path in folder.path.iterdir()] == ["summary.json"]
+    assert json.loads((folder.path / "summary.json").read_text())["steps"] == 3

@@ -1,0 +1,197 @@
+"""A run folder has one owner, one recipe, and one line per step."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from phi3v.config import (
+    DeepSpeedConfig,
+    RunConfig,
+    build_recipe,
+    default_deepspeed,
+    load_deepspeed,
+    to_dict,
+)
+from phi3v.errors import ConfigError
+from phi3v.training.run_folder import RunFolder, describe_environment
+
+RECIPE = {
+    "run": {"out": "runs/demo"},
+    "model": {"path": "models/tiny"},
+    "data": {"shards": "shards/demo"},
+    "optim": {"lr": 1e-4},
+    "train": {"max_steps": 10},
+}
+HOLD = """
+import sys, time
+from pathlib import Path
+from phi3v.training.run_folder import RunFolder
+lock = RunFolder(Path(sys.argv[1])).lock()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def recipe(*overrides: str) -> RunConfig:
+    return build_recipe(RunConfig, RECIPE, Path("demo.yaml"), overrides)
+
+
+def deepspeed(world_size: int = 2) -> DeepSpeedConfig:
+    return load_deepspeed(default_deepspeed(has_cuda=False), world_size)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run that was started with the recipe."""
+    folder = RunFolder(tmp_path)
+    folder.write_origin(recipe(), deepspeed(), {"fingerprint": "abc"}, world_size=2)
+    return folder
+
+
+# --- the owner ---
+
+
+def test_a_second_owner_is_told_who_the_first_is(tmp_path: Path) -> None:
+    lock = RunFolder(tmp_path / "new").lock()
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(tmp_path / "new").lock()
+    assert str(caught.value) == (
+        f"run.out {tmp_path / 'new'} is in use by process {os.getpid()} on "
+        f"{socket.gethostname()}; wait for it, or name another folder"
+    )
+    lock.close()
+    RunFolder(tmp_path / "new").lock().close()
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match=f"in use by process {owner.pid} on "):
+            RunFolder(tmp_path).lock()
+        owner.send_signal(signal.SIGKILL)
+        owner.wait(timeout=10)
+    RunFolder(tmp_path).lock().close()
+
+
+# --- the recipe ---
+
+
+def test_a_new_folder_takes_any_recipe(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "none").check_recipe(recipe(), deepspeed())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.max_steps=20",
+        "eval={rows: 3, every: 5}",
+        "wandb.mode=disabled",
+        "checkpoint={every: 7, keep: 1}",
+        "run.out=/moved/demo",
+        "deepspeed=a/copy/of/the/same.json",
+    ],
+)
+def test_what_does_not_change_the_training_may_change(folder: RunFolder, override: str) -> None:
+    folder.check_recipe(recipe(override), deepspeed())
+
+
+def test_the_number_of_ranks_may_change(folder: RunFolder) -> None:
+    folder.check_recipe(recipe(), deepspeed(world_size=4))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["optim.lr=2e-4"], "optim.lr"),
+        (["run.seed=1", "data.max_tokens=100"], "run.seed, data.max_tokens"),
+        (["model.freeze=[vision]"], "model.freeze"),
+        (["optim.head_lr=1e-5", "eval.rows=1"], "optim.head_lr"),
+        (["train={epochs: 1}"], "train.epochs"),
+    ],
+)
+def test_another_recipe_is_refused_by_its_keys(
+    folder: RunFolder, overrides: list[str], keys: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        folder.check_recipe(recipe(*overrides), deepspeed())
+    assert str(caught.value) == (
+        f"run.out {folder.path} was started with another recipe: {keys} differ; name another "
+        "run.out, or take the values back"
+    )
+
+
+@pytest.mark.parametrize("name", ["zero3_cpu.json", "eval.json", "deepspeed.json"])
+def test_another_deepspeed_json_is_refused_whatever_its_name(
+    folder: RunFolder, tmp_path: Path, name: str
+) -> None:
+    content = json.loads(default_deepspeed(has_cuda=False).read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).write_text(json.dumps(content | {"gradient_clipping": 0.5}))
+    with pytest.raises(ConfigError, match=f"recipe: {name}: gradient_clipping differ; "):
+        folder.check_recipe(recipe(), load_deepspeed(tmp_path / "other" / name, 2))
+
+
+def test_the_origin_says_what_the_run_is_made_of(folder: RunFolder) -> None:
+    def read(name: str) -> dict:
+        return json.loads((folder.path / name).read_text(encoding="utf-8"))
+
+    written = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    assert written == to_dict(recipe())
+    assert read("deepspeed.json") == deepspeed().json
+    assert read("data.json") == {"fingerprint": "abc"}
+    environment = read("environment.json")
+    assert environment == describe_environment(world_size=2)
+    assert environment["ranks"] == 2
+    assert environment["host"] == socket.gethostname()
+    assert environment["versions"].keys() >= {"torch", "deepspeed", "transformers"}
+    assert all(environment["versions"].values())
+
+
+# --- the steps ---
+
+
+def test_steps_are_lines_and_those_to_be_repeated_are_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.read_metrics() == []
+    for number in range(1, 6):
+        folder.add_metrics({"step": number, "loss": 1 / number})
+    folder.keep_metrics(3)
+    folder.add_metrics({"step": 4, "loss": None})
+    assert [line["step"] for line in folder.read_metrics()] == [1, 2, 3, 4]
+    assert folder.read_metrics()[1:2] == [{"step": 2, "loss": 0.5}]
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.add_metrics({"step": 1, "loss": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    folder.keep_metrics(2)
+    folder.add_metrics({"step": 2, "loss": 1.0})
+    assert folder.read_metrics() == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_json_cannot_say_is_a_defect(tmp_path: Path, value: float) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.add_metrics({"step": 1, "loss": value})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.write_summary({"loss": value})
+    assert folder.read_metrics() == []
+    assert folder.read_summary() is None
+
+
+def test_the_summary_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_summary({"steps": 3, "metrics": {}})
+    assert folder.read_summary() == {"steps": 3, "metrics": {}}
