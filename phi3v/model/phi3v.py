@@ -29,6 +29,8 @@ from phi3v.sample import IGNORED
 
 # Modules whose parameters are best gathered at once, under ZeRO-3: a layer at a time.
 LAYERS = (Phi3DecoderLayer, CLIPEncoderLayer)
+# What from_pretrained is told about where a model lies.
+WHERE = {"revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download"}
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -205,10 +207,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         Raises: CheckpointError listing names that are missing, unknown or of another shape, which
         transformers would draw at random, or pass over.
         """
-        config = kwargs.get("config") or Phi3VConfig.from_pretrained(pretrained_model_name_or_path)
+        where = {key: kwargs[key] for key in WHERE & kwargs.keys()}
+        config = kwargs.get("config") or Phi3VConfig.from_pretrained(
+            pretrained_model_name_or_path, **where
+        )
         with torch.device("meta"):
             skeleton = cls(config)
-        with WeightFiles(pretrained_model_name_or_path) as files:
+        with WeightFiles(pretrained_model_name_or_path, **where) as files:
             check_shapes(files.path, files.shapes(), skeleton)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

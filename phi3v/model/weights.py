@@ -25,11 +25,14 @@ SHOWN = 5  # names listed of each kind
 
 
 class WeightFiles:
-    """The safetensors files of a folder or hub name, opened but not read."""
+    """The safetensors files of a folder or hub name, opened but not read.
 
-    def __init__(self, path: str | Path) -> None:
+    `where` is what transformers' from_pretrained takes to find them: revision, subfolder, token ...
+    """
+
+    def __init__(self, path: str | Path, **where: Any) -> None:
         self.path = str(path)
-        self._files = _find_files(self.path)
+        self._files = _find_files(self.path, where)
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
 
@@ -83,16 +86,16 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _find_files(path: str) -> dict[str, Path]:
+def _find_files(path: str, where: dict[str, Any]) -> dict[str, Path]:
     """The file of every tensor.
 
     Raises: CheckpointError if there are no safetensors files, or one is damaged.
     """
-    index = cached_file(path, INDEX, _raise_exceptions_for_missing_entries=False)
+    index = cached_file(path, INDEX, _raise_exceptions_for_missing_entries=False, **where)
     if index is not None:
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        return {name: _file(path, file) for name, file in names.items()}
-    single = _file(path, SINGLE)
+        return {name: _file(path, file, where) for name, file in names.items()}
+    single = _file(path, SINGLE, where)
     with _open(single) as handle:
         return {name: single for name in handle.keys()}
 
@@ -104,8 +107,8 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file} is damaged ({error}); download it again") from error
 
 
-def _file(path: str, name: str) -> Path:
-    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+def _file(path: str, name: str, where: dict[str, Any]) -> Path:
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
     if found is None:
         raise CheckpointError(
             f"{path} has no {name}; name a folder with safetensors weights, or download it again"

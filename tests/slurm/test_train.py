@@ -1,5 +1,6 @@
-"""slurm/train.sh on a real two-node cluster, with small programs in place of launch/train.py."""
+"""slurm/train.sh on a real two-node cluster: with small programs, and with launch/train.py."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import ROOT, metrics
+
 from .conftest import Cluster, Job
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sh"
+SCRIPT = ROOT / "slurm" / "train.sh"
 
 MEETING = """
 import sys
@@ -126,3 +129,18 @@ def test_a_folder_that_is_no_checkout_and_a_missing_python_are_refused(tmp_path:
         f"slurm/train.sh: no python at .venv/bin/python in {tmp_path}; "
         "run make setup, or export PHI3V_PYTHON=/path/to/python\n"
     )
+
+
+def test_a_run_trains_on_two_nodes(
+    cluster: Cluster, tmp_path: Path, tiny_shards: Path, tiny_model: Path
+) -> None:
+    """The README's command: the real launch/train.py, two nodes of one rank each."""
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    values = (f"model.path={tiny_model}", f"data.shards={tiny_shards}", "train.max_steps=3")
+    short = ("run.out=run", "eval.rows=0", "wandb.mode=disabled")
+    arguments = ("launch/recipes/demo.yaml", *values, *short)
+    job = submit(cluster, tmp_path, arguments=arguments)
+    assert (job.state, job.exit_code) == ("COMPLETED", "0:0"), job.output
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["ranks"] == 2
