@@ -21,10 +21,11 @@ from transformers.utils.hub import cached_file
 from phi3v.config import EvaluationConfig, RunConfig, build_recipe, to_dict
 from phi3v.config.schema import EvalSection
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.evaluation.generation import STOP_TOKENS, Generator
+from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.models import as_generator, open_model
 from phi3v.files import publish, write_json
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.weights import STOP_TOKENS, check_shapes
 from phi3v.processing import Phi3VProcessor
 from phi3v.training.checkpoint import find_step
 from phi3v.training.run_folder import CONFIG, RunFolder
@@ -137,16 +138,10 @@ def load_weights(
     """
     weights = read_weights(checkpoints, name)
     with torch.device("meta"):
-        expected = {k: v.shape for k, v in Phi3VForCausalLM(config).state_dict().items()}
-    found = {key: value.shape for key, value in weights.items()}
-    if found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()), key=str)
-        names = sorted({key for key, _ in wrong})
-        raise CheckpointError(
-            f"{checkpoints / name} does not fit the model: {len(names)} parameters differ in name "
-            f"or shape, such as {', '.join(names[:3])}; export with the model it was trained from"
-        )
-    return {key: weights[key].to(dtype).contiguous() for key in expected}
+        model = Phi3VForCausalLM(config)
+    found = {key: tuple(value.shape) for key, value in weights.items()}
+    check_shapes(str(checkpoints / name), found, model)
+    return {key: weights[key].to(dtype).contiguous() for key, _ in model.named_parameters()}
 
 
 def _write_weights(weights: dict[str, Tensor], out: Path) -> None:

@@ -21,6 +21,7 @@ import phi3v.export
 from phi3v.config import dump_yaml
 from phi3v.data import Dataset
 from phi3v.errors import CheckpointError, ConfigError, Phi3VError
+from phi3v.evaluation.ask import ask
 from phi3v.export import export, read_run
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.processing import Phi3VProcessor
@@ -344,9 +345,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_base_that_was_exchanged_is_refused(base: Path, trained: Path, tmp_path: Path) -> None:
     config = read(base / "config.json")
     (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(
-        CheckpointError, match="does not fit the model: 6 parameters differ in name"
-    ):
+    with pytest.raises(CheckpointError, match="do not fit the model's config.json: 6 unknown: "):
         export(run_on(base, trained, tmp_path / "run"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -356,14 +355,13 @@ def test_a_base_that_was_exchanged_is_refused(base: Path, trained: Path, tmp_pat
 
 def test_a_question_with_and_without_a_picture(exported: Path, catalogue: Path) -> None:
     picture = min((catalogue / "images").iterdir())
-    asked = ("exported", "--prompt", "What is shown in this image?", "--max_new_tokens", 6)
-    answers = []
-    for image in ((), ("--image", picture)):
-        done = command("generate.py", *asked, *image, cwd=exported.parent)
+    question = "What is shown in this image?"
+    asked = ("exported", "--prompt", question, "--max_new_tokens", 6)
+    for images in ([], [picture]):
+        flags = ("--image", *images) if images else ()
+        done = command("generate.py", *asked, *flags, cwd=exported.parent)
         assert done.returncode == 0, done.stderr
-        answers.append(done.stdout)
-    assert all(answer.strip() for answer in answers)
-    assert answers[0] != answers[1]
+        assert done.stdout == ask(str(exported), question, images, 6) + "\n"
 
 
 def test_a_file_that_is_no_picture_is_refused_in_one_line(exported: Path, tmp_path: Path) -> None:

@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from phi3v.model import Phi3VForCausalLM
+from phi3v.model.weights import STOP_TOKENS
 from phi3v.processing.images import pixel_values
 from phi3v.progress import progress
 from phi3v.sample import Canvas
 from phi3v.views import ViewSettings
-
-STOP_TOKENS = ("<|end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)

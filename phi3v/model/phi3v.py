@@ -24,7 +24,7 @@ from phi3v.model.attention import ATTENTION, padding_mask
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.rotary import rotary
 from phi3v.model.vision import ImageEmbedding
-from phi3v.model.weights import WeightFiles, check_shapes
+from phi3v.model.weights import WeightFiles, check_shapes, find_stop_ids
 from phi3v.sample import IGNORED
 
 # Modules whose parameters are best gathered at once, under ZeRO-3: a layer at a time.
@@ -219,7 +219,29 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers makes every parameter that it loads trainable.
         model.model.vision_embed_tokens.img_processor.vision_model.freeze_unused()
+        if ends := find_stop_ids(str(pretrained_model_name_or_path), **where):
+            model.generation_config.eos_token_id = ends
+            model.generation_config.pad_token_id = ends[-1]
         return loaded
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers', and prompts may be padded on the right as well as on the left.
+
+        A row padded on the right would go on behind its padding: tokens are moved to the right
+        first, and the sequences that come back hold the prompts as they were given.
+        """
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        if ids is None or mask is None or bool(mask[:, -1].all()):
+            return super().generate(inputs, **kwargs)
+        order = mask.argsort(dim=1, stable=True)  # padding first, tokens in their order
+        for name in ("attention_mask", "position_ids"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].gather(1, order)
+        out = super().generate(**kwargs | {"input_ids": ids.gather(1, order)})
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
+        return out
 
     def forward(
         self,

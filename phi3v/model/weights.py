@@ -22,6 +22,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Some fine-tunes hold the token embeddings a second time, under the name of the image embedding.
 ALIASES = ("model.vision_embed_tokens.wte.weight",)
 SHOWN = 5  # names listed of each kind
+# What ends an answer. The published config.json says </s>, which the model does not say.
+STOP_TOKENS = ("<|end|>", "<|endoftext|>")
 
 
 class WeightFiles:
@@ -58,7 +60,7 @@ class WeightFiles:
 
 
 def check_shapes(path: str, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
-    """Refuse weights that are not exactly the model's.
+    """Refuse weights of a folder or checkpoint that are not exactly the model's.
 
     Raises: CheckpointError listing unknown, missing and mis-shaped names.
     """
@@ -76,8 +78,8 @@ def check_shapes(path: str, found: Mapping[str, tuple[int, ...]], model: nn.Modu
     listed = "; ".join(f"{len(n)} {kind}: {_first(n)}" for kind, n in faults.items() if n)
     if listed:
         raise CheckpointError(
-            f"the weights of {path} do not fit its config.json: {listed}; "
-            "name a folder whose weights and config.json belong together"
+            f"the weights of {path} do not fit the model's config.json: {listed}; "
+            "use weights and a config.json that belong together"
         )
 
 
@@ -114,6 +116,18 @@ def _file(path: str, name: str, where: dict[str, Any]) -> Path:
             f"{path} has no {name}; name a folder with safetensors weights, or download it again"
         )
     return Path(found)
+
+
+def find_stop_ids(path: str, **where: Any) -> list[int]:
+    """The ids of STOP_TOKENS in the tokenizer beside the weights; none where there is none."""
+    found = cached_file(
+        path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where
+    )
+    if found is None:
+        return []
+    added = json.loads(Path(found).read_text(encoding="utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    return [ids[token] for token in STOP_TOKENS if token in ids]
 
 
 def parameter_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -126,6 +126,14 @@ class Phi3VProcessor:
         grid: Grid = hd_layout(width, height, self.num_crops, self.crop_size).grid
         return image_tokens(grid, self.side)
 
+    def count_tokens(self, text: str, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens of a rendered chat from its pictures' (width, height) alone, none decoded.
+
+        Raises: SampleError if a picture is too narrow, or the tags do not fit the sizes.
+        """
+        counts = [self.calc_num_image_tokens_from_image_size(*size) for size in sizes]
+        return len(encode(self.tokenizer, text, counts))
+
     def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> Any:
         """The tokenizer's own chat template."""
         return self.tokenizer.apply_chat_template(messages, **kwargs)

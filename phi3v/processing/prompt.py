@@ -51,10 +51,9 @@ def encode(
     """
     tags = image_tags(text)
     if sorted(set(tags)) != list(range(1, len(tokens_of_image) + 1)):
-        raise SampleError(
-            f"image tags {tags or 'none'} do not number {len(tokens_of_image)} images; "
-            f"use <|image_1|> to <|image_{max(1, len(tokens_of_image))}|>"
-        )
+        count = len(tokens_of_image)
+        advice = f"use <|image_1|> to <|image_{count}|>" if count else "give the images"
+        raise SampleError(f"image tags {tags or 'none'} do not number {count} images; {advice}")
     pieces = IMAGE_TAG.split(text)[::2]
     encoded: list[list[int]] = tokenizer(pieces)["input_ids"]
     fills = [[-tag] * tokens_of_image[tag - 1] for tag in tags]

@@ -4,6 +4,7 @@ Below and across the length where the rotary factors change, with images, alone 
 left. Measured worst case of a logit, over all tests here: 5.7e-6.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.geometry import Grid
 from phi3v.model import Phi3VForCausalLM
 from phi3v.sample import Canvas
-from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD
+from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD, TinySizes, make_tiny_model
 from phi3v.views import ViewSettings
 from tests.model.tiny import LIMIT, SIZES, TOKENIZER, Drawn, draw, make_model
 
@@ -130,6 +131,43 @@ def test_a_batch_padded_on_the_left_is_answered_row_by_row(model: Phi3VForCausal
         ours = tokens[row : row + 1], logits[row : row + 1]
         assert_same(ours, recompute(model, sample))
         assert_same(ours, decode(model, sample.inputs))
+
+
+def test_a_batch_padded_on_the_right_is_answered_as_one_padded_on_the_left(
+    model: Phi3VForCausalLM,
+) -> None:
+    samples = [draw(seed, text, grids) for seed, (text, grids) in enumerate(BATCH)]
+    width = max(sample.tokens for sample in samples)
+    left = padded(samples, width)
+    right = dict(left)
+    for name in ("input_ids", "attention_mask"):
+        rows = [row.roll(s.tokens - width) for row, s in zip(left[name], samples, strict=True)]
+        right[name] = torch.stack(rows)
+    assert not right["attention_mask"][:, -1].all()
+    assert_same(decode(model, right), decode(model, left))
+    given = right["input_ids"].clone()
+    sequences = model.generate(**right, max_new_tokens=1, do_sample=False)
+    assert torch.equal(sequences[:, :width], given), "the prompts come back as they were given"
+    assert torch.equal(right["input_ids"], given), "inputs are not edited"
+
+
+def test_a_model_folder_stops_at_what_its_tokenizer_ends_answers_with(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "tiny", ["one two"], TinySizes(text_pieces=20))
+    (tmp_path / "tiny/generation_config.json").write_text('{"eos_token_id": 2}')
+    model = Phi3VForCausalLM.from_pretrained(tmp_path / "tiny")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tiny")
+    ends = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+    assert model.generation_config.eos_token_id == ends
+    for end in ends:
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[end] = 1000 * model.model.norm.weight
+        hidden = model.model(input_ids=torch.tensor([[5]])).last_hidden_state
+        if (hidden @ model.lm_head.weight[end]).item() < 0:
+            with torch.no_grad():
+                model.lm_head.weight[end] *= -1
+        out = model.generate(input_ids=torch.tensor([[5]]), max_new_tokens=5, do_sample=False)
+        assert out[0].tolist() == [5, end]
 
 
 def test_a_batch_beyond_the_limit_is_answered_row_by_row() -> None:

@@ -67,9 +67,12 @@ def test_a_published_folder_with_the_embedding_twice_is_read(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", "1 missing: lm_head.weight; name a folder"),
-        ("unknown", "1 unknown: lm_head.bias; name a folder"),
-        ("shape", r"1 of another shape: lm_head.weight \(9, 32\) for \(384, 32\); name a folder"),
+        ("missing", "1 missing: lm_head.weight; use weights and a"),
+        ("unknown", "1 unknown: lm_head.bias; use weights and a"),
+        (
+            "shape",
+            r"1 of another shape: lm_head.weight \(9, 32\) for \(384, 32\); use weights and a",
+        ),
     ],
 )
 def test_weights_that_are_not_exactly_the_models_are_refused(

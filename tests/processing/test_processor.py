@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v.errors import ConfigError, SampleError
@@ -115,3 +117,18 @@ def test_ids_are_decoded_by_the_tokenizer(processor: Phi3VProcessor) -> None:
     ids = processor("A red cat.").input_ids
     assert processor.decode(ids[0], skip_special_tokens=True) == "A red cat."
     assert processor.batch_decode(ids, skip_special_tokens=True) == ["A red cat."]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(8, 90), st.integers(8, 90)), min_size=1, max_size=3),
+    words=st.lists(st.text("ab ,.1\n", max_size=12), min_size=4, max_size=4),
+)
+def test_tokens_are_counted_from_sizes_as_the_processor_makes_them(
+    sizes: list[tuple[int, int]], words: list[str]
+) -> None:
+    processor = Phi3VProcessor(tokenizer(), 6, CLIP_MEAN, CLIP_STD, crop_size=56)
+    tags = [f"<|image_{n}|>" for n in range(1, len(sizes) + 1)]
+    text = "".join(w + t for w, t in zip(words, [*tags, ""], strict=False))
+    made = processor(text, [picture(*size) for size in sizes])
+    assert processor.count_tokens(text, sizes) == made["input_ids"].shape[1]
