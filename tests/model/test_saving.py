@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 import phi3v  # noqa: F401  registers our classes
@@ -11,7 +12,7 @@ from phi3v.errors import CheckpointError
 from phi3v.geometry import Grid
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.processing import Phi3VProcessor
-from phi3v.samples.tiny import make_tiny_model
+from phi3v.samples.tiny import TinySizes, make_tiny_model
 from tests.model.tiny import SIZES, draw, gradients, make_model
 from tests.parity.goldens import REFERENCE, needs_reference
 
@@ -116,3 +117,26 @@ def test_a_tower_of_another_size_is_read_back(folder: Path) -> None:
     assert config.vision_config.hidden_size == SIZES.vision_width
     assert config.vision_config.image_size == SIZES.image_size
     assert (config.image_side, config.tower_layers) == (2, SIZES.vision_layers - 1)
+
+
+def test_published_weights_come_back_byte_for_byte_also_in_shards(tmp_path: Path) -> None:
+    """Published names -> ours -> published names, in bfloat16, as the published files are."""
+    published = tmp_path / "published"
+    make_tiny_model(published, ["one two"], TinySizes(text_pieces=20))
+    random = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(value.shape, generator=random).to(torch.bfloat16)
+        for name, value in load_file(published / "model.safetensors").items()
+    }
+    save_file(weights, published / "model.safetensors", {"format": "pt"})
+    model = Phi3VForCausalLM.from_pretrained(published, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="500KB")
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 3 and (tmp_path / "shards/model.safetensors.index.json").is_file()
+    saved = {name: value for file in files for name, value in load_file(file).items()}
+    assert saved.keys() == weights.keys()
+    assert all(
+        torch.equal(saved[n].view(torch.int16), w.view(torch.int16)) for n, w in weights.items()
+    )
+    again = Phi3VForCausalLM.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16)
+    assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
