@@ -9,10 +9,10 @@ A section's key is written with dots everywhere a user meets it: `optim.lr`, `tr
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from phi3v.config.values import above_zero, at_least, distinct, filled
 from phi3v.errors import ConfigError
 
 Module = Literal["vision", "projector", "language", "embeddings", "head"]
@@ -30,39 +30,6 @@ LR_FIELDS: dict[Module, str] = {
 """The field of `OptimSection` that holds each module's learning rate."""
 
 
-def _at_least(low: int | float, **values: int | float | None) -> None:
-    """Refuse a value under `low`; keys are written `section__field`, None passes."""
-    for name, value in values.items():
-        if value is not None and value < low:
-            raise ConfigError(f"{_dotted(name)} must be at least {low}, got {value!r}")
-
-
-def _above_zero(hint: str, **values: float | None) -> None:
-    """Refuse a value that is not above 0, and say with `hint` what to write instead."""
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"{_dotted(name)} must be above 0, got {value!r}; {hint}")
-
-
-def _filled(**values: str | None) -> None:
-    """Refuse an empty text; None passes."""
-    for name, value in values.items():
-        if value is not None and not value.strip():
-            raise ConfigError(f"{_dotted(name)} must not be empty, got {value!r}")
-
-
-def _distinct(**values: Collection[str]) -> None:
-    """Refuse a list that holds an entry twice."""
-    for name, entries in values.items():
-        twice = [entry for entry in dict.fromkeys(entries) if list(entries).count(entry) > 1]
-        if twice:
-            raise ConfigError(f"{_dotted(name)} holds {twice[0]!r} twice; keep one")
-
-
-def _dotted(name: str) -> str:
-    return name.replace("__", ".")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
     out: str
@@ -72,8 +39,8 @@ class RunSection:
     """Decides the order of samples and everything random in training."""
 
     def __post_init__(self) -> None:
-        _filled(run__out=self.out)
-        _at_least(0, run__seed=self.seed)
+        filled(run__out=self.out)
+        at_least(0, run__seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +58,8 @@ class ModelSection:
     """Modules whose parameters stay as they are."""
 
     def __post_init__(self) -> None:
-        _filled(model__path=self.path)
-        _distinct(model__freeze=self.freeze)
+        filled(model__path=self.path)
+        distinct(model__freeze=self.freeze)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +77,8 @@ class DataSection:
     """Samples the packer looks ahead; more fill packs better and mix the order less."""
 
     def __post_init__(self) -> None:
-        _filled(data__shards=self.shards)
-        _at_least(
+        filled(data__shards=self.shards)
+        at_least(
             1,
             data__max_tokens=self.max_tokens,
             data__max_views=self.max_views,
@@ -149,11 +116,11 @@ class OptimSection:
     """Learning rate at the last step, as a share of the peak; 0 to 1."""
 
     def __post_init__(self) -> None:
-        _above_zero(
+        above_zero(
             "to keep a module as it is, name it in model.freeze",
             **{f"optim__{name}": getattr(self, name) for name in LR_FIELDS.values()},
         )
-        _at_least(
+        at_least(
             0,
             optim__weight_decay=self.weight_decay,
             optim__warmup_steps=self.warmup_steps,
@@ -184,7 +151,7 @@ class TrainSection:
                 "exactly one of train.max_steps and train.epochs must be set, got "
                 f"{'neither' if self.epochs is None else both}"
             )
-        _at_least(1, train__max_steps=self.max_steps, train__epochs=self.epochs)
+        at_least(1, train__max_steps=self.max_steps, train__epochs=self.epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +182,10 @@ class EvalSection:
     """Rows answered at once by one rank."""
 
     def __post_init__(self) -> None:
-        _filled(eval__split=self.split, eval__pattern=self.pattern)
-        _distinct(eval__metrics=self.metrics)
-        _at_least(0, eval__every=self.every, eval__rows=self.rows)
-        _at_least(1, eval__max_new_tokens=self.max_new_tokens, eval__batch_rows=self.batch_rows)
+        filled(eval__split=self.split, eval__pattern=self.pattern)
+        distinct(eval__metrics=self.metrics)
+        at_least(0, eval__every=self.every, eval__rows=self.rows)
+        at_least(1, eval__max_new_tokens=self.max_new_tokens, eval__batch_rows=self.batch_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +197,7 @@ class CheckpointSection:
     """Newest checkpoints that are kept; older ones are deleted."""
 
     def __post_init__(self) -> None:
-        _at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep)
+        at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +209,7 @@ class WandbSection:
     """Project under which the run appears."""
 
     def __post_init__(self) -> None:
-        _filled(wandb__project=self.project)
+        filled(wandb__project=self.project)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +253,7 @@ class RunConfig:
     """Switches for finding out what went wrong."""
 
     def __post_init__(self) -> None:
-        _filled(deepspeed=self.deepspeed)
+        filled(deepspeed=self.deepspeed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,8 +286,8 @@ class SourceSection:
     """Columns that hold a path, URL, bytes or a datasets Image, in order. Columns only."""
 
     def __post_init__(self) -> None:
-        _filled(source__path=self.path, source__user=self.user, source__assistant=self.assistant)
-        _distinct(source__images=self.images)
+        filled(source__path=self.path, source__user=self.user, source__assistant=self.assistant)
+        distinct(source__images=self.images)
         if self.format == "messages":
             self._refuse_columns()
         elif self.format == "columns" or self._has_columns():
@@ -362,8 +329,8 @@ class SplitSection:
             raise ConfigError(
                 f"split.validation must be a share from 0 to below 1, got {self.validation!r}"
             )
-        _filled(split__by=self.by)
-        _at_least(0, split__seed=self.seed)
+        filled(split__by=self.by)
+        at_least(0, split__seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,8 +362,8 @@ class DatasetConfig:
     """Size in bytes at which a shard is closed and the next one begun; default 256 MiB."""
 
     def __post_init__(self) -> None:
-        _filled(model=self.model, out=self.out)
-        _at_least(
+        filled(model=self.model, out=self.out)
+        at_least(
             1,
             num_crops=self.num_crops,
             max_tokens=self.max_tokens,

@@ -15,8 +15,8 @@ the picture's long side, or 1/168 where the picture is so wide or tall that it h
 """
 
 import csv
+import io
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +25,10 @@ from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from phi3v.errors import ConfigError
+from phi3v.files import write_text
+from phi3v.progress import progress
 
 Point = tuple[float, float]
 Polygon = list[Point]
@@ -339,7 +340,7 @@ def make_products(out: Path, rows: int = 3000, seed: int = 0) -> None:
     _clear_catalogue(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     products = list_products(rows, seed)
-    for product in tqdm(products, desc="products", unit="image"):
+    for product in progress(products, "products", "image", total=rows):
         picture = draw_product(product, seed)
         picture.save(out / product.image_path, quality=JPEG_QUALITY)
     _write_table(out / "products.csv", products)
@@ -362,8 +363,8 @@ def _clear_catalogue(out: Path) -> None:
             "name an empty or another folder"
         )
     (out / "products.csv").unlink(missing_ok=True)
-    for picture in out.glob("images/P*.jpg"):
-        picture.unlink()
+    for old in (*out.glob("images/P*.jpg"), *out.glob(".products.csv.*.tmp")):
+        old.unlink()
 
 
 def _find_foreign(out: Path) -> Path | None:
@@ -373,20 +374,17 @@ def _find_foreign(out: Path) -> Path | None:
     table = out / "products.csv"
     if table.exists():
         return None if "https://example.com/products/" in table.read_text("utf-8") else table
-    known = re.compile(r"images|images/P\d{5,}\.jpg|products\.csv\.partial")
+    known = re.compile(r"images|images/P\d{5,}\.jpg|\.products\.csv\.\d+\.tmp")
     entries = [*out.glob("*"), *out.glob("images/*")]
     return next((e for e in entries if not known.fullmatch(e.relative_to(out).as_posix())), None)
 
 
 def _write_table(path: Path, products: list[Product]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER.split(","))
-        writer.writerows(_table_row(product) for product in products)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(HEADER.split(","))
+    writer.writerows(_table_row(product) for product in products)
+    write_text(path, table.getvalue())
 
 
 def _table_row(product: Product) -> list[str]:

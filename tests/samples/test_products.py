@@ -177,7 +177,7 @@ def test_a_catalogue_replaces_a_longer_or_unfinished_one(tmp_path: Path) -> None
     make_products(tmp_path / "long", rows=6, seed=1)
     make_products(tmp_path / "long", rows=3)
     assert read_files(tmp_path / "long") == read_files(tmp_path / "short")
-    (tmp_path / "short/products.csv").rename(tmp_path / "short/products.csv.partial")
+    (tmp_path / "short/products.csv").rename(tmp_path / "short/.products.csv.1.tmp")
     make_products(tmp_path / "short", rows=3)
     assert read_files(tmp_path / "short") == read_files(tmp_path / "long")
 
