@@ -77,7 +77,7 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> None:
     done = run_steps(run, engine, done, tracker)
     finish(run, engine, done, tracker)
     tracker.finish()
-    zero.end_process_group()
+    zero.leave_together()
     if lock:
         lock.close()
 

@@ -25,10 +25,9 @@ def start_process_group(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
-def end_process_group() -> None:
-    """Leave together: a rank that goes first can make the others' sockets fail as they end."""
+def leave_together() -> None:
+    """Wait for the others: a rank that ends first closes the sockets they still use."""
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def build_engine(

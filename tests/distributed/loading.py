@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from phi3v.training.ranks import set_environment
+from phi3v.training.ranks import run_command, set_environment
 
 
 def anonymous_bytes() -> int:
@@ -66,8 +66,8 @@ def main(folder: Path, out: Path) -> None:
                 is_right &= torch.equal(parameter, files.read(name))
     result = {"peak": peak.bytes, "is_right": is_right}
     (out / f"{ranks.rank}.json").write_text(json.dumps(result))
-    zero.end_process_group()
+    zero.leave_together()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_command(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))
