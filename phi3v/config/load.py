@@ -197,6 +197,7 @@ def _unknown_key(name: str, prefix: str, names: list[str], origin: _Origin) -> C
 def _value_keys(cls: type, prefix: str) -> Iterator[str]:
     """List the full keys of all values, not of sections."""
     for name, kind in get_type_hints(cls).items():
+        kind = get_args(kind)[0] if is_one_or_many(kind) else kind
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _value_keys(kind, f"{prefix}{name}.")
         else:
@@ -208,6 +209,9 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
     options = get_args(kind)
     if is_dataclass(kind):
         return _cast_section(value, kind, key, origin)
+    if is_one_or_many(kind):
+        one, many = options
+        return _cast(value, many if isinstance(value, list) else one, key, origin)
     if NoneType in options:
         (inner,) = (option for option in options if option is not NoneType)
         return None if value is None else _cast(value, inner, key, origin)
@@ -220,6 +224,12 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
     if type(value) is not kind:
         raise _wrong_type(value, kind.__name__, key, origin)
     return value
+
+
+def is_one_or_many(kind: Any) -> bool:
+    """Whether a schema's type is `X | tuple[X, ...]`: one value or a list."""
+    options = get_args(kind)
+    return len(options) == 2 and options[1] == tuple[options[0], ...]
 
 
 def _cast_section(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
@@ -271,5 +281,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for index, item in enumerate(value):
+                yield from _flatten(item, f"{prefix}{name}[{index}].")
         else:
             yield f"{prefix}{name}", value
