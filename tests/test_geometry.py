@@ -79,6 +79,57 @@ def test_a_portrait_is_laid_out_as_the_landscape_on_its_side(a: int, b: int, cro
     assert not landscape.is_portrait
 
 
+@settings(deadline=None)
+@given(PIXELS, PIXELS, CROPS, st.sampled_from([28, 56, 336]))
+def test_without_upscaling_no_picture_gets_more_crops_than_its_long_side_needs(
+    width: int, height: int, num_crops: int, crop: int
+) -> None:
+    try:
+        published = hd_layout(width, height, num_crops, crop)
+    except SampleError:
+        return
+    layout = hd_layout(width, height, num_crops, crop, never_upscale=True)
+    needed = -(-max(width, height) // crop)
+    assert layout.resized_long == min(published.resized_long, needed * crop)
+    assert image_tokens(layout.grid, 12) <= image_tokens(published.grid, 12)
+    if published.resized_long <= needed * crop:
+        assert layout == published
+    assert layout.resized_short >= min(min(width, height) - 1, published.resized_short)
+
+
+@settings(deadline=None)
+@given(PIXELS, PIXELS, CROPS)
+def test_without_upscaling_a_portrait_is_the_landscape_on_its_side(
+    a: int, b: int, crops: int
+) -> None:
+    assume(a != b)
+    try:
+        landscape = hd_layout(max(a, b), min(a, b), crops, CROP, never_upscale=True)
+    except SampleError:
+        return
+    portrait = hd_layout(min(a, b), max(a, b), crops, CROP, never_upscale=True)
+    on_its_side = Grid(landscape.grid.cols, landscape.grid.rows)
+    assert portrait == replace(landscape, is_portrait=True, grid=on_its_side)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "num_crops", "grid", "tokens"),
+    [
+        (200, 200, 16, Grid(1, 1), 313),
+        (336, 336, 16, Grid(1, 1), 313),
+        (337, 300, 16, Grid(2, 2), 757),
+        (200, 500, 16, Grid(2, 1), 469),
+        (1344, 1008, 16, Grid(3, 4), 1921),
+        (5000, 5000, 16, Grid(4, 4), 2509),
+    ],
+)
+def test_examples_without_upscaling(
+    width: int, height: int, num_crops: int, grid: Grid, tokens: int
+) -> None:
+    assert hd_layout(width, height, num_crops, CROP, never_upscale=True).grid == grid
+    assert image_tokens(grid, 12) == tokens
+
+
 @pytest.mark.parametrize(
     ("width", "height", "num_crops", "resized", "grid"),
     [

@@ -7,32 +7,46 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from phi3v.geometry import hd_layout
+from phi3v.geometry import Layout, hd_layout
 from phi3v.views import ViewSettings, make_views
 
 WHITE = 255
 
 
-def hd_canvas(image: Image.Image, num_crops: int, crop_size: int) -> np.ndarray:
-    """Resize and pad a picture to a canvas.
+def hd_canvas(
+    image: Image.Image, num_crops: int, crop_size: int, never_upscale: bool = False
+) -> np.ndarray:
+    """Resize and pad a picture to a canvas; the settings are those of `hd_layout`.
 
     returns  uint8 (height, width, 3), both multiples of `crop_size`
     Raises: SampleError if the picture is too narrow.
     Source: Phi-3-V image_processing_phi3_v.py `HD_transform`, `padding_336`. Alpha is dropped, not
     composited, and EXIF orientation ignored, as published.
     """
-    image = image.convert("RGB")
-    layout = hd_layout(image.width, image.height, num_crops, crop_size)
-    if layout.is_portrait:
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    size = (layout.resized_long, layout.resized_short)
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    canvas = np.full((layout.padded_short, layout.resized_long, 3), WHITE, dtype=np.uint8)
-    canvas[layout.pad_before : layout.pad_before + layout.resized_short] = np.asarray(image)
-    if layout.is_portrait:
-        canvas = np.ascontiguousarray(canvas.transpose(1, 0, 2))
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    layout = hd_layout(image.width, image.height, num_crops, crop_size, never_upscale)
+    pixels = np.asarray(_resize(image, layout))
+    shape = (layout.grid.rows * crop_size, layout.grid.cols * crop_size, 3)
+    canvas = np.full(shape, WHITE, dtype=np.uint8)
+    filled = slice(layout.pad_before, layout.pad_before + layout.resized_short)
+    canvas[(slice(None), filled) if layout.is_portrait else filled] = pixels
     return canvas
+
+
+def _resize(image: Image.Image, layout: Layout) -> Image.Image:
+    """Resize along the long side first, then along the short one.
+
+    Each pass rounds to whole values, so their order shows. Pillow goes along rows first, and the
+    published code turns a portrait on its side for it; two calls give the same bits unturned.
+    """
+    size = (layout.resized_long, layout.resized_short)
+    size = size[::-1] if layout.is_portrait else size
+    if image.size == size:
+        return image
+    if layout.is_portrait:
+        image = image.resize((image.width, size[1]), Image.Resampling.BILINEAR)
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def pixel_values(canvases: Sequence[np.ndarray], slots: int, settings: ViewSettings) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
 from phi3v.errors import ConfigError
-from phi3v.geometry import Grid, grid_of, hd_layout, image_tokens
+from phi3v.geometry import grid_of, hd_layout, image_tokens
 from phi3v.processing.images import hd_canvas, pixel_values
 from phi3v.processing.prompt import encode
 from phi3v.views import ViewSettings
@@ -38,6 +38,7 @@ class Phi3VProcessor:
         image_std: Sequence[float],
         crop_size: int = PUBLISHED_IMAGE_SIZE,
         patch_size: int = PUBLISHED_PATCH_SIZE,
+        never_upscale: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.num_crops = num_crops
@@ -45,12 +46,19 @@ class Phi3VProcessor:
         self.image_std = tuple(image_std)
         self.crop_size = crop_size
         self.side = crop_size // (2 * patch_size)
+        self.never_upscale = never_upscale
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, num_crops: int | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        num_crops: int | None = None,
+        never_upscale: bool = False,
+        **kwargs: Any,
     ) -> "Phi3VProcessor":
         """Read a model folder or hub name; `num_crops` overrides the folder's.
+
+        `never_upscale` departs from the published transform (`phi3v.geometry.hd_layout`).
 
         The tokenizer is loaded by class: transformers' guess (LlamaTokenizerFast) would rebuild
         its normaliser and give other ids than the published ones.
@@ -67,6 +75,7 @@ class Phi3VProcessor:
             settings["image_std"],
             vision.get("image_size", PUBLISHED_IMAGE_SIZE),
             vision.get("patch_size", PUBLISHED_PATCH_SIZE),
+            never_upscale,
         )
 
     def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> BatchFeature:
@@ -100,7 +109,7 @@ class Phi3VProcessor:
 
     def canvas(self, image: Image.Image) -> np.ndarray:
         """The HD transform of a picture: uint8 (height, width, 3)."""
-        return hd_canvas(image, self.num_crops, self.crop_size)
+        return hd_canvas(image, self.num_crops, self.crop_size, self.never_upscale)
 
     def canvas_tokens(self, canvas: np.ndarray) -> int:
         """Sequence positions that a canvas fills."""
@@ -123,8 +132,8 @@ class Phi3VProcessor:
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
         """Sequence positions of a picture of width x height pixels; a published name."""
-        grid: Grid = hd_layout(width, height, self.num_crops, self.crop_size).grid
-        return image_tokens(grid, self.side)
+        layout = hd_layout(width, height, self.num_crops, self.crop_size, self.never_upscale)
+        return image_tokens(layout.grid, self.side)
 
     def count_tokens(self, text: str, sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of a rendered chat from its pictures' (width, height) alone, none decoded.

@@ -5,19 +5,31 @@
 
 The text is cut at the image tags and every piece tokenised on its own with a BOS, so that each
 image is followed by token 1: that is what the published model was trained and served with.
+
+A control token that somebody typed in a content, say <|end|>, is text to `encode_messages`; to
+`encode`, which reads a rendered chat as published, it is a control token.
 """
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from phi3v.errors import SampleError
 from phi3v.sample import IGNORED
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+# What a control token may swallow beside it: white space by Unicode, not by `str.isspace`, which
+# adds the separators \x1c to \x1f.
+SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 
 
 class Message(TypedDict):
@@ -32,13 +44,50 @@ def render(messages: Sequence[Message], for_answer: bool = False) -> str:
 
     Source: `chat_template` of the published tokenizer_config.json.
     """
-    text = "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in messages)
-    return text + "<|assistant|>\n" if for_answer else text
+    return "".join(chain(*_segments(messages, for_answer)))
+
+
+def _segments(messages: Sequence[Message], for_answer: bool) -> list[tuple[str, str]]:
+    """The template's control tokens, each with the text up to the next one."""
+    turns = [[(f"<|{m['role']}|>", f"\n{m['content']}"), ("<|end|>", "\n")] for m in messages]
+    return [*chain(*turns), *([("<|assistant|>", "\n")] if for_answer else [])]
 
 
 def image_tags(text: str) -> list[int]:
-    """The numbers of the image tags in a text, in order of appearance."""
-    return [int(number) for number in IMAGE_TAG.findall(text)]
+    """The numbers of the image tags in a text, in order of appearance.
+
+    Raises: SampleError if Python does not read a number, for it has more than 4,300 digits.
+    """
+    try:
+        return [int(number) for number in IMAGE_TAG.findall(text)]
+    except ValueError as error:
+        raise SampleError("image tag has too many digits: number the images 1, 2, ...") from error
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    tokens_of_image: Sequence[int],
+    for_answer: bool = False,
+) -> list[int]:
+    """Tokenise a chat; the contents' words are text, whatever they look like, but for image tags.
+
+    Equal to `encode(tokenizer, render(messages, for_answer), tokens_of_image)`, the published ids,
+    where no content holds the text of an added token, which costs one search a content to know.
+
+    Raises: SampleError if the tags are not 1..n for n images.
+    """
+    control = control_pattern(tokenizer)
+    if any(control.search(message["content"]) for message in messages):
+        return _encode_segments(tokenizer, _segments(messages, for_answer), tokens_of_image)
+    return encode(tokenizer, render(messages, for_answer), tokens_of_image)
+
+
+@lru_cache(maxsize=4)
+def control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Finds the text of any added token of a tokenizer."""
+    added = sorted((str(t) for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in added))
 
 
 def encode(
@@ -49,15 +98,63 @@ def encode(
     Raises: SampleError if the tags are not 1..n for n images.
     Source: Phi-3-V processing_phi3_v.py `_convert_images_texts_to_inputs`.
     """
-    tags = image_tags(text)
-    if sorted(set(tags)) != list(range(1, len(tokens_of_image) + 1)):
-        count = len(tokens_of_image)
-        advice = f"use <|image_1|> to <|image_{count}|>" if count else "give the images"
-        raise SampleError(f"image tags {tags or 'none'} do not number {count} images; {advice}")
+    tags = _checked_tags(text, len(tokens_of_image))
     pieces = IMAGE_TAG.split(text)[::2]
     encoded: list[list[int]] = tokenizer(pieces)["input_ids"]
     fills = [[-tag] * tokens_of_image[tag - 1] for tag in tags]
     return list(chain(*chain(*zip(encoded, [*fills, []], strict=True))))
+
+
+def _checked_tags(text: str, count: int) -> list[int]:
+    tags = image_tags(text)
+    if sorted(set(tags)) != list(range(1, count + 1)):
+        advice = f"use <|image_1|> to <|image_{count}|>" if count else "give the images"
+        raise SampleError(f"image tags {tags or 'none'} do not number {count} images; {advice}")
+    return tags
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A tokenizer taken apart: its added tokens by text, and a copy that knows none of them."""
+
+    added: dict[str, dict[str, Any]]  # as in tokenizer.json: id, lstrip, rstrip
+    plain: Tokenizer
+    start: list[int]  # what every piece begins with, the BOS
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+@lru_cache(maxsize=4)
+def _parts(tokenizer: PreTrainedTokenizerFast) -> _Parts:
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["content"]: token for token in definition["added_tokens"]}
+    plain = definition | {"added_tokens": [], "truncation": None, "padding": None}
+    return _Parts(added, Tokenizer.from_str(json.dumps(plain)), tokenizer("")["input_ids"])
+
+
+def _encode_segments(
+    tokenizer: PreTrainedTokenizerFast,
+    segments: Sequence[tuple[str, str]],
+    tokens_of_image: Sequence[int],
+) -> list[int]:
+    """Tokenise each segment's text on its own behind its control token, as the tokenizer does.
+
+    Published ids without the search for added tokens, so those in the texts are not found.
+    """
+    _checked_tags("".join(chain(*segments)), len(tokens_of_image))
+    parts = _parts(tokenizer)
+    controls = [parts.added[control] for control, _ in segments]
+    swallowed = [token["lstrip"] for token in controls[1:]] + [False]
+    ids = [*parts.start]
+    for (_, text), control, before_next in zip(segments, controls, swallowed, strict=True):
+        text = text.lstrip(SPACE) if control["rstrip"] else text
+        first, *others = IMAGE_TAG.split(text.rstrip(SPACE) if before_next else text)
+        ids += [control["id"], *parts.encode(first)]
+        for tag, piece in zip(map(int, others[::2]), others[1::2], strict=True):
+            ids += [-tag] * tokens_of_image[tag - 1] + parts.start + parts.encode(piece)
+    return ids
 
 
 def label(input_ids: Sequence[int], assistant_id: int, end_id: int) -> list[int]:
@@ -65,7 +162,7 @@ def label(input_ids: Sequence[int], assistant_id: int, end_id: int) -> list[int]
 
     <|user|> \\n 4 <|end|> \\n <|assistant|> 7 8 <|end|> \\n  ->  only 7, 8 and their <|end|>
 
-    Control tokens must not occur inside contents; `prepare` refuses rows where they do.
+    Contents hold no control tokens as `encode_messages` gives them.
     """
     labels, answering = [], False
     for token in input_ids:

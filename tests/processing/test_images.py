@@ -21,14 +21,14 @@ def noise(width: int, height: int, channels: int = 3) -> Image.Image:
 
 
 @settings(deadline=None)
-@given(st.integers(28, 300), st.integers(28, 300), st.integers(1, 12))
+@given(st.integers(28, 300), st.integers(28, 300), st.integers(1, 12), st.booleans())
 def test_a_canvas_is_the_picture_between_white_bars(
-    width: int, height: int, num_crops: int
+    width: int, height: int, num_crops: int, never_upscale: bool
 ) -> None:
-    layout = hd_layout(width, height, num_crops, CROP)
+    layout = hd_layout(width, height, num_crops, CROP, never_upscale)
     black = Image.new("RGB", (width, height))
-    canvas = hd_canvas(black, num_crops, CROP)
-    assert canvas.dtype == np.uint8 and canvas.flags.c_contiguous
+    canvas = hd_canvas(black, num_crops, CROP, never_upscale)
+    assert canvas.dtype == np.uint8 and canvas.flags.c_contiguous and canvas.flags.writeable
     assert canvas.shape == (layout.grid.rows * CROP, layout.grid.cols * CROP, 3)
     lines = canvas.transpose(1, 0, 2) if layout.is_portrait else canvas
     end = layout.pad_before + layout.resized_short
@@ -44,6 +44,19 @@ def test_a_portrait_is_the_landscape_on_its_side(short: int, more: int, num_crop
     portrait = landscape.transpose(Image.Transpose.TRANSPOSE)
     canvas = hd_canvas(landscape, num_crops, CROP)
     assert np.array_equal(hd_canvas(portrait, num_crops, CROP), canvas.transpose(1, 0, 2))
+
+
+def test_a_portrait_is_resized_as_if_it_lay_on_its_side() -> None:
+    """As published: turned, resized, turned back; upright, other bytes come of the rounding."""
+    picture = noise(45, 80)
+    layout = hd_layout(45, 80, 6, CROP)
+    size = (layout.resized_long, layout.resized_short)
+    turned = picture.transpose(Image.Transpose.TRANSPOSE).resize(size, Image.Resampling.BILINEAR)
+    expected = np.asarray(turned).transpose(1, 0, 2)
+    end = layout.pad_before + layout.resized_short
+    assert np.array_equal(hd_canvas(picture, 6, CROP)[:, layout.pad_before : end], expected)
+    upright = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+    assert not np.array_equal(np.asarray(upright), expected)
 
 
 def test_a_picture_of_the_right_size_is_kept_bit_for_bit() -> None:

@@ -44,6 +44,21 @@ def test_num_crops_can_be_chosen(folder: Path) -> None:
     assert Phi3VProcessor.from_pretrained(folder, num_crops=1).num_crops == 1
 
 
+def test_upscaling_can_be_forgone(folder: Path) -> None:
+    """A picture of 40 x 40 then fills one crop of 56, 13 tokens, in canvas and counts alike."""
+    published = Phi3VProcessor.from_pretrained(folder)
+    processor = Phi3VProcessor.from_pretrained(folder, never_upscale=True)
+    assert published.canvas(picture(40, 40)).shape == (112, 112, 3)
+    canvas = processor.canvas(picture(40, 40))
+    assert canvas.shape == (56, 56, 3)
+    assert processor.canvas_tokens(canvas) == 13
+    assert processor.calc_num_image_tokens_from_image_size(40, 40) == 13
+    text, text_tokens = "<|image_1|>", len(processor.tokenizer(["", ""])["input_ids"])
+    assert processor.count_tokens(text, [(40, 40)]) == 13 + text_tokens
+    inputs = processor(text, [picture(40, 40)])
+    assert (inputs["num_img_tokens"], inputs["image_sizes"].tolist()) == ([13], [[56, 56]])
+
+
 def test_without_sizes_in_config_json_the_tower_is_the_published(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     processor = Phi3VProcessor.from_pretrained(folder)

@@ -53,6 +53,11 @@ def test_image_tags_are_read_in_order() -> None:
     assert image_tags("<|image_2|> a <|image_10|><|image_1|> <|image_|> <|image|>") == [2, 10, 1]
 
 
+def test_a_tag_whose_number_python_does_not_read_is_refused() -> None:
+    with pytest.raises(SampleError, match="^image tag has too many digits: "):
+        image_tags(f"<|image_{'1' * 5000}|>")
+
+
 @settings(deadline=None)
 @given(st.data(), st.lists(TEXT, min_size=1, max_size=4))
 def test_every_piece_between_images_is_tokenised_on_its_own(
