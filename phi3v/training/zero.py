@@ -1,5 +1,6 @@
 """DeepSpeed: the engine, gathering weights from its partitions, reading them from checkpoints."""
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,20 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 def start_process_group(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     """Join the other ranks (nccl on CUDA, gloo elsewhere)."""
     deepspeed.init_distributed(timeout=timeout, verbose=False)
+    torch.distributed.barrier()  # all ranks of this host have mapped each other's buffers
+    _unlink_shared_memory()
+
+
+def _unlink_shared_memory() -> None:
+    """Remove the names of the buffers through which ranks of one host reduce on CPU.
+
+    DeepSpeed leaves 69 MB per rank in /dev/shm, by whatever way a rank ends. What is mapped stays
+    until the rank is gone.
+    """
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    rank = torch.distributed.get_rank()
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def leave_together() -> None:
