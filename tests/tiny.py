@@ -15,8 +15,9 @@ from PIL import Image
 
 from phi3v.config import DatasetConfig
 from phi3v.config.load import build_recipe
+from phi3v.data.codecs import Codec
 from phi3v.data.format import FORMAT_VERSION
-from phi3v.data.writer import SplitWriter
+from phi3v.data.writer import ShardWriter, finish_split
 from phi3v.files import write_json
 from phi3v.geometry import grid_of, image_tokens
 from phi3v.prepare import prepare
@@ -25,6 +26,7 @@ from phi3v.samples.products import make_products, sample_texts
 from phi3v.samples.tiny import TinySizes, make_tiny_model
 
 ROWS = 120  # of the catalogue
+RAW = Codec()
 CROP, SIDE = 28, 1  # pixels and merged patches of a view of `make_sample`
 QUESTION = "<|image_1|>\nWhat is shown in this image?"
 ANSWER = "Product: {title}, Category: {category3_code}, Full Price: {full_price}"
@@ -126,13 +128,23 @@ def make_sample(
 
 
 def write_samples(
-    folder: Path, samples: Sequence[Sample], split: str = "train", shard_bytes: int = 1 << 30
+    folder: Path,
+    samples: Sequence[Sample],
+    split: str = "train",
+    shard_bytes: int = 1 << 30,
+    codec: Codec = RAW,
 ) -> Path:
     """A dataset folder of these samples, one split."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = SplitWriter(folder, split, CROP, SIDE, shard_bytes)
-    for sample in samples:
-        writer.add(sample)
+    entries, tables = [], []
+    waiting = list(samples)
+    while waiting:
+        path = folder / f"{split}-{len(entries):05d}.arrow"
+        writer = ShardWriter(path, codec, CROP, SIDE)
+        while waiting and writer.bytes < shard_bytes:
+            writer.add(waiting.pop(0))
+        entries.append(writer.finish())
+        tables.append(writer.index)
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": f"{len(samples)} samples",
@@ -140,7 +152,8 @@ def write_samples(
         "image_side": SIDE,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.25, 0.25, 0.25],
-        "splits": {split: writer.finish()},
+        "pixels": codec.to_manifest(),
+        "splits": {split: finish_split(folder, split, entries, tables)},
     }
     write_json(folder / "manifest.json", manifest)
     return folder

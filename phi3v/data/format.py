@@ -3,6 +3,11 @@
 A shard is an Arrow IPC *stream* with one record batch per sample, so that a sample is found by its
 byte offset (a stream has no footer; the index holds the offsets) and `datasets.Dataset.from_file`
 opens the file. A folder without a complete manifest is not a dataset.
+
+    schema | message of sample 0 | message of sample 1 | ... | end of stream
+
+The index lists every sample with the place of its message, so that one read fetches it. A sample
+that is trained on several times is stored once and listed as often, in consecutive rows.
 """
 
 import json
@@ -13,7 +18,7 @@ import pyarrow as pa
 
 from phi3v.errors import ShardError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 PREPARE_AGAIN = "remove the dataset folder and run launch/prepare.py again"
@@ -28,7 +33,7 @@ SCHEMA = pa.schema(
             pa.list_(
                 pa.struct(
                     [("height", pa.int32()), ("width", pa.int32()), ("pixels", pa.large_binary())]
-                )
+                )  # pixels as the manifest's codec encodes them
             ),
         ),
         ("meta", pa.string()),
@@ -38,12 +43,15 @@ INDEX_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("offset", pa.int64()),  # bytes from the start of the shard to the sample's message
+        ("bytes", pa.int64()),  # of the message
         ("tokens", pa.int32()),
         ("label_tokens", pa.int32()),
+        ("image_tokens", pa.int32()),
         ("views", pa.int32()),
         ("image_sizes", pa.list_(pa.int32())),  # height, width, height, width, ... in pixels
     ]
 )
+END_BYTES = 8  # of the mark at the end of a stream
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,80 +1,122 @@
-"""Random access to the samples of a dataset folder by memory map."""
+"""Random access to the samples of a dataset folder, by memory map or into memory of one's own."""
 
 import json
+import os
+import weakref
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from phi3v.data.format import INDEX_SCHEMA, PREPARE_AGAIN, SCHEMA, read_manifest
+from phi3v.data.codecs import Codec
+from phi3v.data.format import END_BYTES, INDEX_SCHEMA, PREPARE_AGAIN, SCHEMA, read_manifest
 from phi3v.errors import ShardError
 from phi3v.files import sha256
 from phi3v.sample import Canvas, Sample
 from phi3v.views import ViewSettings
 
 UNREADABLE = (pa.ArrowException, ValueError, LookupError, EOFError, OSError)  # of damaged bytes
+OPEN_SHARDS = 128  # files that `read_into` keeps open
 
 
 class Dataset:
     """The samples of one split: `len(d)`, `d[i]`; lengths of all of them without reading any.
 
     tokens, label_tokens, views, image_tokens  (samples,)
+    message_bytes                              (samples,) what `read_into` needs for each
 
-    A sample's arrays are read-only views of the memory map. Opening checks the size of every file;
-    `verify()` checks every digest.
+    `d[i]` reads through a memory map: its arrays are read-only views of it, and the disk is read
+    where they are first touched. `d.read_into(i, buffer)` reads in one call into memory that is
+    used again and again (pinned memory, say), and may be called from several threads with a buffer
+    each. Canvases of a codec other than raw are decoded by both, to memory of their own.
+
+    Opening checks the size of every file; `verify()`, or opening with verify=True, every digest.
     Raises: ShardError if the folder is no dataset, or a file is missing, has another size or, once
     it is needed, cannot be read.
     """
 
-    def __init__(self, folder: str | Path, split: str) -> None:
+    def __init__(self, folder: str | Path, split: str, verify: bool = False) -> None:
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder)
+        self.codec = Codec.from_manifest(self.manifest)
         if split not in self.manifest["splits"]:
             known = ", ".join(sorted(self.manifest["splits"]))
             raise ShardError(f"{folder} has no split '{split}', it has: {known}; name one of these")
         self.entry: dict[str, Any] = self.manifest["splits"][split]
         for file in (*self.entry["shards"], self.entry["index"]):
             self._check_size(file)
+        if verify:
+            self.verify()
         path = self.folder / self.entry["index"]["file"]
         try:
             self._read_index(path)
         except UNREADABLE as error:
             raise ShardError(f"{path} cannot be read ({error}); {PREPARE_AGAIN}") from error
-        self._maps: dict[int, pa.Buffer] = {}
+        self._map = lru_cache(maxsize=None)(_map)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(_File)
 
     def _read_index(self, path: Path) -> None:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
             index = stream.read_all()
         if not index.schema.equals(INDEX_SCHEMA):
             raise ValueError(f"its columns are {index.schema.names}")
         index.validate(full=True)
-        self._shard, self._offset, self.tokens, self.label_tokens, self.views = (
-            index[name].to_numpy()
-            for name in ("shard", "offset", "tokens", "label_tokens", "views")
+        self._shard, self._offset, self.message_bytes = (
+            index[name].to_numpy() for name in ("shard", "offset", "bytes")
         )
-        self.image_tokens = self._count_image_tokens(index["image_sizes"].combine_chunks())
-        counts = [shard["samples"] for shard in self.entry["shards"]]
-        if not np.array_equal(self._shard, np.repeat(np.arange(len(counts)), counts)):
-            raise ValueError(f"it does not list {counts} samples by shard, as the manifest does")
+        self.tokens, self.label_tokens, self.image_tokens, self.views = (
+            index[name].to_numpy() for name in ("tokens", "label_tokens", "image_tokens", "views")
+        )
+        if not self._fits():
+            raise ValueError("it does not list the samples of the manifest's shards")
+
+    def _fits(self) -> bool:
+        """Whether the messages, each counted once, fill the shards of the manifest end to end."""
+        shards = self.entry["shards"]
+        stops = self._offset + self.message_bytes
+        is_stored = np.ones(len(stops), dtype=bool)  # not listed in the row before
+        is_stored[1:] = (np.diff(self._shard) != 0) | (np.diff(self._offset) != 0)
+        shard, offset, stop = self._shard[is_stored], self._offset[is_stored], stops[is_stored]
+        counts = np.array([entry["samples"] for entry in shards], dtype=np.int64)
+        if len(self) != len(stops) or not np.array_equal(
+            shard, np.repeat(np.arange(len(counts)), counts)
+        ):
+            return False
+        is_last = np.append(shard[1:] != shard[:-1], True)[: len(shard)]
+        sizes = [entry["bytes"] - END_BYTES for entry in shards]
+        follows = stop[:-1] == offset[1:]
+        return bool((follows | is_last[:-1]).all()) and np.array_equal(stop[is_last], sizes)
 
     def __len__(self) -> int:
         return int(self.entry["samples"])
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        try:
-            return _sample(self._record_batch(index))
-        except UNREADABLE as error:
-            raise ShardError(
-                f"{self._shard_path(index)} cannot be read at sample {index} ({error}); "
-                f"{PREPARE_AGAIN}"
-            ) from error
+        self._check_index(index)
+        return self._read(index, None)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
+
+    def read_into(self, index: int, buffer: Any) -> Sample:
+        """Read a sample into the first `message_bytes[index]` bytes of a writable buffer.
+
+        The sample's arrays are views of the buffer, so they hold until the next sample is read into
+        it. The buffer is contiguous memory: a numpy array, or `tensor.numpy()` of pinned memory.
+        Raises: ValueError if the buffer is too small or read-only.
+        """
+        self._check_index(index)
+        size = int(self.message_bytes[index])
+        memory = memoryview(buffer).cast("B")
+        if memory.readonly or len(memory) < size:
+            kind = "read-only" if memory.readonly else "writable"
+            raise ValueError(
+                f"sample {index} needs a writable buffer of {size:,} bytes, got a {kind} one of "
+                f"{len(memory):,}; make it as large as the largest of Dataset.message_bytes"
+            )
+        return self._read(index, memory[:size])
 
     @property
     def view_settings(self) -> ViewSettings:
@@ -97,47 +139,77 @@ class Dataset:
             if found != file["sha256"]:
                 raise ShardError(
                     f"{self.folder / file['file']} has SHA-256 {found[:12]}..., the manifest says "
-                    f"{file['sha256'][:12]}..., so the file is damaged; {PREPARE_AGAIN}"
+                    f"{file['sha256'][:12]}..., so the file is damaged or "
+                    f"another dataset's; {PREPARE_AGAIN}"
                 )
 
-    def _count_image_tokens(self, sizes: pa.ListArray) -> np.ndarray:
-        """Positions that each sample's images fill, from their canvases' sizes alone."""
-        crop, side = self.manifest["crop_size"], self.manifest["image_side"]
-        grids = sizes.flatten().to_numpy().reshape(-1, 2) // crop  # (images, rows and cols)
-        tokens = (grids.prod(axis=1) + 1) * side**2 + 1 + (grids[:, 0] + 1) * side
-        total = np.concatenate([[0], np.cumsum(tokens)])
-        ends = sizes.offsets.to_numpy() // 2
-        return total[ends[1:]] - total[ends[:-1]]
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
 
     def _shard_path(self, index: int) -> Path:
         return self.folder / self.entry["shards"][int(self._shard[index])]["file"]
 
-    def _record_batch(self, index: int) -> pa.RecordBatch:
-        shard = int(self._shard[index])
-        if shard not in self._maps:
-            self._maps[shard] = pa.memory_map(str(self._shard_path(index))).read_buffer()
-        start = int(self._offset[index])
-        batch = pa.ipc.read_record_batch(self._maps[shard].slice(start), SCHEMA)
-        batch.validate(full=True)  # offsets and texts, not pixels: 1 us
-        return batch
+    def _read(self, index: int, memory: memoryview | None) -> Sample:
+        try:
+            message = self._mapped(index) if memory is None else self._fetched(index, memory)
+            return _sample(message, self.codec)
+        except UNREADABLE as error:
+            raise ShardError(
+                f"{self._shard_path(index)} cannot be read at sample {index} ({error}); "
+                f"{PREPARE_AGAIN}"
+            ) from error
+
+    def _mapped(self, index: int) -> pa.Buffer:
+        start, size = int(self._offset[index]), int(self.message_bytes[index])
+        return self._map(self._shard_path(index)).slice(start, size)
+
+    def _fetched(self, index: int, memory: memoryview) -> pa.Buffer:
+        file = self._open(
+            self._shard_path(index)
+        )  # held: another thread may drop it from the cache
+        start, done = int(self._offset[index]), 0
+        while done < len(memory):
+            count = os.preadv(file.handle, [memory[done:]], start + done)
+            if not count:
+                raise EOFError(f"it ends {len(memory) - done:,} bytes before the sample does")
+            done += count
+        return pa.py_buffer(memory)
 
     def _check_size(self, file: dict[str, Any]) -> None:
         path = self.folder / file["file"]
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            raise ShardError(f"{path} is missing though the manifest lists it; {PREPARE_AGAIN}")
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"{path} is missing though the manifest lists it; {PREPARE_AGAIN}"
+            ) from error
         if size != file["bytes"]:
             raise ShardError(
                 f"{path} has {size:,} bytes, the manifest says {file['bytes']:,}; {PREPARE_AGAIN}"
             )
 
 
-def _sample(batch: pa.RecordBatch) -> Sample:
+class _File:
+    """A file that is open as long as anyone holds this."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.handle)
+
+
+def _map(path: Path) -> pa.Buffer:
+    return pa.memory_map(str(path)).read_buffer()
+
+
+def _sample(message: pa.Buffer, codec: Codec) -> Sample:
+    batch = pa.ipc.read_record_batch(message, SCHEMA)
+    batch.validate(full=True)  # offsets and texts, not pixels: 1 us
     return Sample(
         id=batch["id"][0].as_py(),
         input_ids=_flat(batch["input_ids"]),
         labels=_flat(batch["labels"]),
-        images=_canvases(batch["images"]),
+        images=_canvases(batch["images"], message, codec),
         meta=json.loads(batch["meta"][0].as_py()),
     )
 
@@ -146,15 +218,18 @@ def _flat(column: pa.Array) -> np.ndarray:
     return column.flatten().to_numpy()
 
 
-def _canvases(column: pa.ListArray) -> tuple[Canvas, ...]:
-    """Cut the pixels, which lie end to end, by the sizes; a scalar of Arrow is a copy."""
+def _canvases(column: pa.ListArray, message: pa.Buffer, codec: Codec) -> tuple[Canvas, ...]:
+    """Decode each image's part of the message; a scalar of Arrow would be a copy."""
     images = column.flatten()
     if not len(images):
         return ()
-    heights, widths = (images.field(name).to_numpy() for name in ("height", "width"))
-    data = np.frombuffer(images.field("pixels").buffers()[2], dtype=np.uint8)
-    parts = np.split(data, np.cumsum(3 * heights * widths)[:-1])
+    heights, widths = (images.field(name).to_numpy().tolist() for name in ("height", "width"))
+    pixels = images.field("pixels")
+    _, ends, data = pixels.buffers()
+    first = data.address - message.address  # Arrow's own buffers are read-only, the message is not
+    stops = np.frombuffer(ends, np.int64, len(pixels) + 1, 8 * pixels.offset) + first
+    memory = memoryview(message)
     return tuple(
-        Canvas(part.reshape(height, width, 3))
-        for part, height, width in zip(parts, heights, widths, strict=True)
+        Canvas(codec.decode(memory[start:stop], height, width))
+        for start, stop, height, width in zip(stops, stops[1:], heights, widths, strict=False)
     )

@@ -1,105 +1,196 @@
-"""Samples to shards: one split of a dataset folder."""
+"""Samples to shards, and the shards' parts of the index to the index of a split.
 
+    writer = ShardWriter(folder / "train-00000.arrow", Codec(), crop_size=336, side=12)
+    writer.add(sample)
+    entry, table = writer.finish(), writer.index
+    manifest["splits"]["train"] = finish_split(folder, "train", [entry], [table])
+
+A shard's bytes depend on its samples and the codec, on nothing else.
+"""
+
+import hashlib
+import io
 import json
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from phi3v.data.codecs import Codec
 from phi3v.data.format import INDEX_SCHEMA, SCHEMA
-from phi3v.files import sha256
+from phi3v.files import replacing, sha256
 from phi3v.geometry import grid_of, image_tokens
-from phi3v.sample import IGNORED, Sample, count_views
+from phi3v.sample import IGNORED, Canvas, Sample, count_views
+
+TOTALS = ("tokens", "label_tokens", "image_tokens", "views")
+PIXELS = SCHEMA.field("images").type.value_type
+
+
+class ShardWriter:
+    """Writes one shard; the file has its name once `finish` has been called, and is absent before.
+
+    A writer that is dropped unfinished removes what it has written.
+    crop_size  pixels of a crop
+    side       merged patches along a view's side, as in `image_tokens`
+    """
+
+    def __init__(self, path: Path, codec: Codec, crop_size: int, side: int) -> None:
+        self.path, self.codec, self.crop_size, self.side = path, codec, crop_size, side
+        self._samples = 0
+        self._rows: list[dict[str, Any]] = []
+        self._open = ExitStack()
+        self._file = _HashedFile(self._open.enter_context(replacing(path)))
+        self._open.callback(self._file.close)
+        self._stream = pa.ipc.new_stream(self._file, SCHEMA)
+
+    def add(self, sample: Sample, times: int = 1) -> None:
+        """Store a sample; the index lists it `times` times."""
+        assert times >= 1, times
+        # The stream writes its schema with its first batch, not when it is opened.
+        offset = self._file.size or SCHEMA.serialize().size
+        self._stream.write_batch(_batch(sample, self.codec))
+        counts = [image_tokens(grid_of(*c.size, self.crop_size), self.side) for c in sample.images]
+        row = {
+            "shard": 0,
+            "offset": offset,
+            "bytes": self._file.size - offset,
+            "tokens": len(sample.input_ids),
+            "label_tokens": int(np.count_nonzero(sample.labels != IGNORED)),
+            "image_tokens": sum(counts),
+            "views": count_views(sample.images, self.crop_size),
+            "image_sizes": [side for canvas in sample.images for side in canvas.size],
+        }
+        self._samples += 1
+        self._rows += [row] * times
+
+    @property
+    def bytes(self) -> int:
+        """Written so far."""
+        return self._file.size
+
+    @property
+    def index(self) -> pa.Table:
+        """This shard's part of the index; `finish_split` numbers the shards."""
+        return pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA)
+
+    def finish(self) -> dict[str, Any]:
+        """Publish the shard; return its entry for the manifest. There is no shard of no samples."""
+        assert self._samples, f"{self.path}: no sample was added"
+        self._stream.close()
+        self._open.close()
+        return {
+            "file": self.path.name,
+            "samples": self._samples,
+            "bytes": self._file.size,
+            "sha256": self._file.digest.hexdigest(),
+        }
+
+
+def finish_split(
+    folder: Path, split: str, entries: Sequence[dict[str, Any]], tables: Iterable[pa.Table]
+) -> dict[str, Any]:
+    """Write a split's index, one shard's table after the other; return its manifest entry.
+
+    entries, tables  of each shard, as `finish` and `index` gave them
+    """
+    path = folder / f"{split}.index.arrow"
+    totals = dict.fromkeys(("samples", *TOTALS), 0)
+    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        with pa.ipc.new_stream(file, INDEX_SCHEMA) as stream:
+            for number, (_, table) in enumerate(zip(entries, tables, strict=True)):
+                stream.write_table(_numbered(table, number))
+                totals["samples"] += table.num_rows
+                for name in TOTALS:
+                    totals[name] += pc.sum(table[name]).as_py()
+    index = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {**totals, "shards": list(entries), "index": index}
+
+
+def _numbered(table: pa.Table, shard: int) -> pa.Table:
+    numbers = pa.array(np.full(table.num_rows, shard, np.int32))
+    return table.set_column(0, INDEX_SCHEMA.field("shard"), numbers)
+
+
+class _HashedFile(io.RawIOBase):
+    """A file whose size and SHA-256 are known when it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.size, self.digest = 0, hashlib.sha256()
+        self._file = pa.OSFile(str(path), "wb")
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _batch(sample: Sample, codec: Codec) -> pa.RecordBatch:
+    """A record batch over the sample's own memory; only several images are copied together."""
+    columns = [
+        pa.array([sample.id], pa.string()),
+        _list(pa.array(sample.input_ids, pa.int32())),
+        _list(pa.array(sample.labels, pa.int32())),
+        _list(_images(sample.images, codec)),
+        pa.array([json.dumps(sample.meta, ensure_ascii=False)], pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _list(values: pa.Array) -> pa.ListArray:
+    """One row that holds all the values."""
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def _images(images: Sequence[Canvas], codec: Codec) -> pa.StructArray:
+    encoded = [codec.encode(image.pixels) for image in images]
+    ends = np.cumsum([0, *(data.size for data in encoded)], dtype=np.int64)
+    data = encoded[0] if len(encoded) == 1 else pa.py_buffer(b"".join(encoded))
+    buffers = [None, pa.py_buffer(ends), data]
+    pixels = pa.Array.from_buffers(pa.large_binary(), len(images), buffers)
+    heights, widths = (pa.array([c.size[k] for c in images], pa.int32()) for k in (0, 1))
+    return pa.StructArray.from_arrays([heights, widths, pixels], fields=list(PIXELS))
 
 
 class SplitWriter:
-    """Writes one split's samples to shards of about `shard_bytes`, and its index at the end."""
+    """Writes one split to shards of about `shard_bytes`, one after the other."""
 
     def __init__(
         self, folder: Path, split: str, crop_size: int, side: int, shard_bytes: int
     ) -> None:
         self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
         self.crop_size, self.side = crop_size, side
-        self.shards: list[dict[str, Any]] = []
-        self.index: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names}
-        self._file: pa.NativeFile | None = None
-        self._stream: pa.RecordBatchStreamWriter | None = None
+        self.entries: list[dict[str, Any]] = []
+        self.tables: list[pa.Table] = []
+        self._shard: ShardWriter | None = None
 
     def add(self, sample: Sample) -> None:
         """Append a sample."""
-        if self._file is not None and self._file.tell() >= self.shard_bytes:
+        if self._shard is not None and self._shard.bytes >= self.shard_bytes:
             self._close_shard()
-        if self._file is None:
-            self._open_shard()
-        assert self._file is not None and self._stream is not None
-        # The stream writes its schema with its first batch, not when it is opened.
-        self._index(sample, offset=self._file.tell() or SCHEMA.serialize().size)
-        self._stream.write_batch(_batch(sample))
-        self.shards[-1]["samples"] += 1
+        if self._shard is None:
+            path = self.folder / f"{self.split}-{len(self.entries):05d}.arrow"
+            self._shard = ShardWriter(path, Codec(), self.crop_size, self.side)
+        self._shard.add(sample)
 
     def finish(self) -> dict[str, Any]:
         """Close the last shard, write the index; return the split's entry for the manifest."""
         self._close_shard()
-        path = self.folder / f"{self.split}.index.arrow"
-        table = pa.table(self.index, schema=INDEX_SCHEMA)
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, INDEX_SCHEMA) as stream:
-            stream.write_table(table)
-        return {
-            "samples": table.num_rows,
-            "tokens": sum(self.index["tokens"]),
-            "label_tokens": sum(self.index["label_tokens"]),
-            "image_tokens": sum(self._image_tokens(sizes) for sizes in self.index["image_sizes"]),
-            "views": sum(self.index["views"]),
-            "shards": self.shards,
-            "index": _file_entry(path),
-        }
-
-    def _image_tokens(self, sizes: list[int]) -> int:
-        pairs = zip(sizes[::2], sizes[1::2], strict=True)
-        return sum(image_tokens(grid_of(h, w, self.crop_size), self.side) for h, w in pairs)
-
-    def _index(self, sample: Sample, offset: int) -> None:
-        row = {
-            "shard": len(self.shards) - 1,
-            "offset": offset,
-            "tokens": len(sample.input_ids),
-            "label_tokens": int(np.count_nonzero(sample.labels != IGNORED)),
-            "views": count_views(sample.images, self.crop_size),
-            "image_sizes": [side for image in sample.images for side in image.size],
-        }
-        for name, value in row.items():
-            self.index[name].append(value)
-
-    def _open_shard(self) -> None:
-        name = f"{self.split}-{len(self.shards):05d}.arrow"
-        self.shards.append({"file": name, "samples": 0})
-        self._file = pa.OSFile(str(self.folder / name), "wb")
-        self._stream = pa.ipc.new_stream(self._file, SCHEMA)
+        return finish_split(self.folder, self.split, self.entries, self.tables)
 
     def _close_shard(self) -> None:
-        if self._file is None or self._stream is None:
-            return
-        self._stream.close()
-        self._file.close()
-        self.shards[-1] |= _file_entry(self.folder / self.shards[-1]["file"])
-        self._file = self._stream = None
-
-
-def _batch(sample: Sample) -> pa.RecordBatch:
-    images = [
-        {"height": image.size[0], "width": image.size[1], "pixels": image.pixels.tobytes()}
-        for image in sample.images
-    ]
-    row = {
-        "id": sample.id,
-        "input_ids": sample.input_ids.tolist(),
-        "labels": sample.labels.tolist(),
-        "images": images,
-        "meta": json.dumps(sample.meta, ensure_ascii=False),
-    }
-    return pa.RecordBatch.from_pylist([row], schema=SCHEMA)
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        if self._shard is not None:
+            self.entries.append(self._shard.finish())
+            self.tables.append(self._shard.index)
+            self._shard = None

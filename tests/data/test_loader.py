@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from phi3v.data import Dataset
+from phi3v.data.codecs import Codec, CodecName
 from phi3v.data.loader import Loader, Step
 from phi3v.data.packing import Budget, PackPlan, Position
 from phi3v.errors import ShardError
@@ -68,6 +70,17 @@ def test_batches_hold_the_samples_of_the_packs(folder: Path) -> None:
         assert batch.ids == tuple(f"s{sample}" for sample in pack)
 
 
+@pytest.mark.parametrize("name", ["zstd", "png"])
+def test_exact_codecs_give_the_same_batches(tmp_path: Path, name: CodecName) -> None:
+    samples = [make_sample(f"s{k}", 3 + k % 7, GRIDS[k % 3]) for k in range(12)]
+    raw = make_loader(write_samples(tmp_path / "raw", samples))
+    encoded = make_loader(write_samples(tmp_path / name, samples, codec=Codec(name)))
+    for one, other in zip(*(first_steps(loader, 3) for loader in (raw, encoded)), strict=True):
+        assert names(one) == names(other)
+        for left, right in zip(one.batches, other.batches, strict=True):
+            assert all(map(torch.equal, left.canvases, right.canvases))
+
+
 def test_a_loader_started_behind_any_step_goes_on_with_the_next(folder: Path) -> None:
     whole = first_steps(make_loader(folder), 9)
     for number in range(8):
@@ -104,13 +117,13 @@ def test_whole_epochs_show_every_sample_and_fill_the_last_step_with_empty_packs(
 
 def test_a_step_says_how_long_it_was_waited_for(folder: Path) -> None:
     loader = make_loader(folder)
-    collect = loader.dataset._record_batch
+    collect = loader.dataset._mapped
 
     def slow(index: int):
         time.sleep(0.02)
         return collect(index)
 
-    loader.dataset._record_batch = slow  # type: ignore[method-assign]
+    loader.dataset._mapped = slow  # type: ignore[method-assign]
     step = first_steps(loader, 1)[0]
     assert step.wait_seconds > 0.02 * sum(map(len, step.packs))
 
@@ -148,13 +161,13 @@ def test_no_more_than_a_few_steps_are_read_ahead(folder: Path) -> None:
     """Two wait in the queue and one in the reader's hand: memory is bounded."""
     loader = make_loader(folder)
     read: list[int] = []
-    collect = loader.dataset._record_batch
+    collect = loader.dataset._mapped
 
     def counted(index: int):
         read.append(index)
         return collect(index)
 
-    loader.dataset._record_batch = counted  # type: ignore[method-assign]
+    loader.dataset._mapped = counted  # type: ignore[method-assign]
     steps = loader.steps(Position())
     first = next(steps)
     time.sleep(0.2)

@@ -1,25 +1,49 @@
 """A damaged or foreign folder is refused, and the file is named; no damage crashes the reader."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from phi3v.data import Dataset
+from phi3v.data.codecs import NAMES, Codec, CodecName
 from phi3v.errors import ShardError
+from phi3v.sample import Sample
 from tests.tiny import make_sample, write_samples
 
 SHARDS = ["train-00000.arrow", "train-00001.arrow"]
 FILES = [*SHARDS, "train.index.arrow"]
 
 
+def three_samples(seed: int = 0) -> list[Sample]:
+    grids = [[(1, 1)], [], [(1, 2)]]
+    return [make_sample(f"s{k}", 5 + k, grids[k], seed) for k in range(3)]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three small samples in two shards."""
-    grids = [[(1, 1)], [], [(1, 2)]]
-    samples = [make_sample(f"s{k}", 5 + k, grids[k]) for k in range(3)]
-    return write_samples(tmp_path / "shards", samples, shard_bytes=4_000)
+    return write_samples(tmp_path / "shards", three_samples(), shard_bytes=4_000)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Other samples of the same sizes, so that each file has the size of its namesake."""
+    return write_samples(tmp_path / "other", three_samples(seed=1), shard_bytes=4_000)
+
+
+def read_mapped(dataset: Dataset, index: int) -> Sample:
+    return dataset[index]
+
+
+def read_into(dataset: Dataset, index: int) -> Sample:
+    return dataset.read_into(index, np.zeros(int(dataset.message_bytes[index]), np.uint8))
+
+
+both_ways = pytest.mark.parametrize("read", [read_mapped, read_into])
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
@@ -73,10 +97,10 @@ def test_a_manifest_that_is_no_json_is_named(folder: Path, text: str) -> None:
     assert refusal(folder).startswith(f"{folder}/manifest.json is not valid JSON (")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_version_is_refused(folder: Path, version: object) -> None:
     edit_manifest(folder, lambda manifest: manifest.update(format_version=version))
-    assert f"manifest.json has format_version {version}, this program reads 1; " in refusal(folder)
+    assert f"manifest.json has format_version {version}, this program reads 2; " in refusal(folder)
 
 
 def test_a_manifest_that_is_a_list_is_refused(folder: Path) -> None:
@@ -104,7 +128,7 @@ def test_verify_accepts_what_was_written(folder: Path) -> None:
 def test_verify_names_the_file_with_one_flipped_bit(folder: Path, name: str, share: float) -> None:
     dataset = Dataset(folder, "train")
     flip(folder / name, int(share * (folder / name).stat().st_size), bits=1)
-    with pytest.raises(ShardError, match=f"{name} has SHA-256 .* the file is damaged; remove the"):
+    with pytest.raises(ShardError, match=f"{name} has SHA-256 .* the file is damaged or"):
         dataset.verify()
     with pytest.raises(ShardError, match=name):  # opened after the damage
         Dataset(folder, "train").verify()
@@ -125,30 +149,106 @@ def test_verify_names_a_file_truncated_since_it_was_opened(folder: Path, name: s
         dataset.verify()
 
 
+@pytest.mark.parametrize("name", SHARDS)
+def test_verify_names_a_shard_of_another_dataset(folder: Path, other: Path, name: str) -> None:
+    """Of the same size, so that opening cannot see it, unless it is asked to."""
+    shutil.copy(other / name, folder / name)
+    dataset = Dataset(folder, "train")
+    with pytest.raises(ShardError, match=f"{name} has SHA-256 .* or another dataset's; remove the"):
+        dataset.verify()
+    with pytest.raises(ShardError, match=f"{name} has SHA-256"):
+        Dataset(folder, "train", verify=True)
+    assert len(Dataset(other, "train", verify=True)) == 3
+
+
+def test_an_index_of_another_dataset_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Of as many samples in as many shards, with as many images, of other sizes."""
+    grids = [[(2, 1)], [], [(1, 1)]]
+    samples = [make_sample(f"s{k}", 5 + k, grids[k]) for k in range(3)]
+    foreign = write_samples(tmp_path / "foreign", samples, shard_bytes=4_000)
+    name = "train.index.arrow"
+    assert (foreign / name).stat().st_size == (folder / name).stat().st_size
+    shutil.copy(foreign / name, folder / name)
+    assert refusal(folder).startswith(f"{folder / name} cannot be read (it does not list the ")
+
+
+@both_ways
 def test_a_sample_that_cannot_be_read_is_a_shard_error_naming_file_and_sample(
-    folder: Path,
+    folder: Path, read: Callable[[Dataset, int], Sample]
 ) -> None:
     """Damage that opening cannot see: a shard of the right size full of zeros."""
     path = folder / SHARDS[1]
     path.write_bytes(bytes(path.stat().st_size))
     dataset = Dataset(folder, "train")
-    dataset[0]
+    read(dataset, 0)
     with pytest.raises(ShardError, match=f"{path} cannot be read at sample 2 .*; remove the"):
-        dataset[2]
+        read(dataset, 2)
+
+
+@both_ways
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_shard_lost_since_it_was_opened_is_a_shard_error_naming_file_and_sample(
+    folder: Path, read: Callable[[Dataset, int], Sample], damage: str
+) -> None:
+    dataset = Dataset(folder, "train")
+    path = folder / SHARDS[1]
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(data[:-100])
+    with pytest.raises(ShardError, match=f"{path} cannot be read at sample 2 .*; remove the"):
+        read(dataset, 2)
+
+
+@pytest.mark.parametrize("codec", ["tiff", None])
+def test_an_unknown_codec_is_refused(folder: Path, codec: str | None) -> None:
+    edit_manifest(folder, lambda manifest: manifest.update(pixels={"codec": codec}))
+    assert refusal(folder).startswith(
+        f"the manifest names pixels.codec {codec!r}, this program reads raw, zstd, png, jpeg; "
+    )
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["zstd", "png", "jpeg"])
+def test_pixels_that_cannot_be_decoded_are_a_shard_error_naming_file_and_sample(
+    tmp_path: Path, name: CodecName, read: Callable[[Dataset, int], Sample]
+) -> None:
+    """The text and its lengths are whole."""
+    samples, codec = three_samples(), Codec(name)
+    folder = write_samples(tmp_path, samples, codec=codec)
+    path = folder / SHARDS[0]
+    good = bytes(codec.encode(samples[2].images[0].pixels))
+    data = path.read_bytes()
+    assert data.count(good) == 1
+    path.write_bytes(data.replace(good, bytes(20) + good[20:]))
+    dataset = Dataset(folder, "train")
+    read(dataset, 0)
+    with pytest.raises(ShardError) as caught:
+        read(dataset, 2)
+    assert str(caught.value) == (
+        f"{path} cannot be read at sample 2 ({len(good):,} bytes of {name} are not an image of "
+        "28 x 56 pixels); remove the dataset folder and run launch/prepare.py again"
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_flipped_byte_crashes_the_reader(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("codec", NAMES)
+@pytest.mark.filterwarnings("ignore:Invalid APNG")
+def test_no_flipped_byte_crashes_the_reader(tmp_path: Path, name: str, codec: CodecName) -> None:
     """Measured once over every byte and three patterns: ShardError or other values, no crash."""
+    folder = write_samples(tmp_path, three_samples(), shard_bytes=2_000, codec=Codec(codec))
     path = folder / name
     good = path.read_bytes()
     refused = 0
-    for position in range(0, len(good), 61):
+    for position in range(0, len(good), 151):
         flip(path, position)
-        try:
-            list(Dataset(folder, "train"))
-        except ShardError as error:
-            assert str(folder) in str(error)
-            refused += 1
+        for read in (read_mapped, read_into):
+            try:
+                dataset = Dataset(folder, "train")
+                for index in range(3):
+                    read(dataset, index)
+            except ShardError as error:
+                assert str(folder) in str(error)
+                refused += 1
         path.write_bytes(good)
     assert refused > 3

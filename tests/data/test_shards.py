@@ -1,17 +1,25 @@
 """What is written is what is read, bit for bit, by us and by `datasets`."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v.data import Dataset
+from phi3v.data.codecs import NAMES, Codec, CodecName
 from phi3v.data.format import INDEX_SCHEMA, SCHEMA
-from phi3v.sample import IGNORED, Sample
+from phi3v.sample import IGNORED, Canvas, Sample
 from tests.tiny import assert_same, make_sample, num_views, write_samples
 
 KINDS = [
@@ -57,19 +65,10 @@ def test_any_samples_in_shards_of_any_size_come_back(
     dataset.verify()
 
 
-@pytest.mark.parametrize(("shard_bytes", "shards"), [(1, 5), (10_000, 3), (1 << 30, 1)])
-def test_a_shard_is_closed_once_it_has_shard_bytes(
-    tmp_path: Path, shard_bytes: int, shards: int
-) -> None:
-    entry = Dataset(write_samples(tmp_path, SAMPLES, shard_bytes=shard_bytes), "train").entry
-    assert [shard["file"] for shard in entry["shards"]] == [
-        f"train-{number:05d}.arrow" for number in range(shards)
-    ]
-    assert sum(shard["samples"] for shard in entry["shards"]) == entry["samples"] == 5
-    assert all(shard["bytes"] >= shard_bytes for shard in entry["shards"][:-1])
-
-
-def test_datasets_opens_every_shard_and_sees_the_same(folder: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_datasets_opens_every_shard_and_sees_the_same(tmp_path: Path, name: CodecName) -> None:
+    codec = Codec(name)
+    folder = write_samples(tmp_path, SAMPLES, shard_bytes=10_000, codec=codec)
     rows = []
     for shard in Dataset(folder, "train").entry["shards"]:
         opened = datasets.Dataset.from_file(str(folder / shard["file"]))
@@ -81,7 +80,7 @@ def test_datasets_opens_every_shard_and_sees_the_same(folder: Path) -> None:
         assert row["labels"] == sample.labels.tolist()
         for image, canvas in zip(row["images"], sample.images, strict=True):
             assert (image["height"], image["width"]) == canvas.size
-            assert image["pixels"] == canvas.pixels.tobytes()
+            assert image["pixels"] == bytes(codec.encode(canvas.pixels))
 
 
 def test_shards_are_arrow_streams_of_the_promised_columns(folder: Path) -> None:
@@ -114,6 +113,84 @@ def test_the_index_of_real_samples_agrees_with_them(tiny_shards: Path) -> None:
     assert len(set(dataset.image_tokens.tolist())) > 1, "all canvases have one size"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways_of_reading_give_what_the_codec_gives(tmp_path: Path, name: CodecName) -> None:
+    codec = Codec(name)
+    dataset = Dataset(write_samples(tmp_path, SAMPLES, codec=codec), "train")
+    buffer = np.zeros(int(dataset.message_bytes.max()), np.uint8)
+    for index in (4, 0, 3, 1, 2, 0):
+        canvases = [
+            Canvas(codec.decode(memoryview(codec.encode(image.pixels)), *image.size))
+            for image in SAMPLES[index].images
+        ]
+        expected = replace(SAMPLES[index], images=tuple(canvases))
+        assert_same(dataset[index], expected)
+        assert_same(dataset.read_into(index, buffer), expected)
+
+
+@pytest.mark.parametrize(
+    "make", [bytearray, lambda size: torch.zeros(size, dtype=torch.uint8).numpy()]
+)
+def test_a_sample_read_into_a_buffer_lies_in_it(folder: Path, make: Callable[[int], Any]) -> None:
+    """No byte is copied again: arrays are views, and canvases can be written to."""
+    dataset = Dataset(folder, "train")
+    size = int(dataset.message_bytes.max())
+    buffer = make(size + 100)
+    memory = np.frombuffer(buffer, np.uint8)
+    memory[size:] = 7
+    for index in (2, 1):
+        sample = dataset.read_into(index, buffer)
+        for array in (sample.input_ids, sample.labels, *(c.pixels for c in sample.images)):
+            assert np.shares_memory(array, memory)
+        assert all(canvas.pixels.flags.writeable for canvas in sample.images)
+    assert (memory[size:] == 7).all(), "written behind the sample"
+
+
+@pytest.mark.parametrize(("buffer", "kind"), [(bytearray(9), "writable"), (bytes(9), "read-only")])
+def test_a_buffer_that_cannot_hold_a_sample_is_refused(
+    folder: Path, buffer: Any, kind: str
+) -> None:
+    dataset = Dataset(folder, "train")
+    size = dataset.message_bytes[1]
+    with pytest.raises(ValueError) as caught:
+        dataset.read_into(1, buffer)
+    assert str(caught.value) == (
+        f"sample 1 needs a writable buffer of {size:,} bytes, got a {kind} one of 9; make it as "
+        "large as the largest of Dataset.message_bytes"
+    )
+    with pytest.raises(ValueError, match="got a read-only one"):
+        dataset.read_into(1, bytes(size))
+
+
+def test_threads_read_at_once_into_buffers_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one file kept open and shards of one or two samples, threads close each other's."""
+    monkeypatch.setattr("phi3v.data.reader.OPEN_SHARDS", 1)
+    before = open_shards()
+    dataset = Dataset(folder, "train")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(partial(read_many, dataset), range(4)))
+    assert open_shards() - before == 1
+    del dataset
+    assert open_shards() == before
+
+
+def read_many(dataset: Dataset, start: int) -> None:
+    buffer = np.zeros(int(dataset.message_bytes.max()), np.uint8)
+    for index in range(start, start + 200):
+        assert_same(dataset.read_into(index % 5, buffer), SAMPLES[index % 5])
+
+
+def open_shards() -> int:
+    """Shards that this process holds open."""
+    count = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed by another thread
+            count += link.readlink().name.startswith("train-0000")
+    return count
+
+
 def test_pixels_are_read_only_views_of_the_memory_map(folder: Path) -> None:
     """No byte of a canvas is copied before the batch needs it: its address lies in the file."""
     sample = Dataset(folder, "train")[2]
@@ -144,6 +221,8 @@ def test_a_sample_before_the_first_or_behind_the_last_is_an_index_error(folder: 
     for index in (-1, len(SAMPLES)):
         with pytest.raises(IndexError, match=f"sample {index} of 5"):
             dataset[index]
+        with pytest.raises(IndexError, match=f"sample {index} of 5"):
+            dataset.read_into(index, bytearray(100_000))
 
 
 def test_a_prompt_is_what_comes_before_the_last_answer(folder: Path) -> None:
