@@ -1,0 +1,130 @@
+"""Images at http(s) addresses: fetched once and kept by their content.
+
+    cache = ImageCache(Path("fetched"), cfg.fetch)
+    cache.prefetch(urls)   # many at once; what failed is remembered until the next call
+    data = cache.get(url)  # from the folder
+
+    fetched/urls/3f/3f9c...json  what an address gave: url, digest, bytes, content_type, fetched
+    fetched/content/a0/a04b...   those bytes, named by their SHA-256
+
+Any number of processes may share the folder: a file appears whole, under a name that follows from
+its content or its address, and one whose digest differs is fetched again.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from phi3v.config.schema import FetchSection
+from phi3v.errors import SampleError
+from phi3v.prepare.web import Client, shown_url
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an address gave, and when."""
+
+    url: str
+    digest: str
+    bytes: int
+    content_type: str
+    fetched: str
+
+
+class ImageCache:
+    """A folder of fetched images; `is_allowed` says of an address (10.0.0.7) if it may be used."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: FetchSection,
+        is_allowed: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.folder, self.concurrency = folder, settings.concurrency
+        self.client = Client(settings, is_allowed)
+        self.failed: dict[str, str] = {}
+
+    def get(self, url: str) -> bytes:
+        """Give the image at an address, from the folder if it is there.
+
+        Raises: SampleError if it cannot be fetched, or could not in the last `prefetch`.
+        """
+        if url in self.failed:
+            raise SampleError(self.failed[url])
+        data = self._stored(url)
+        return self._fetch(url) if data is None else data
+
+    def prefetch(self, urls: Iterable[str]) -> None:
+        """Bring images into the folder, `fetch.concurrency` at once, each address once."""
+        self.failed = {}
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            for _ in pool.map(self._bring, dict.fromkeys(urls)):
+                pass  # raises what is no image's fault, such as a full disk
+
+    def _bring(self, url: str) -> None:
+        entry = self._entry(url)
+        if entry is not None and _size(self._content(entry.digest)) == entry.bytes:
+            return  # `get` compares the digest
+        try:
+            self._fetch(url)
+        except SampleError as error:
+            self.failed[url] = str(error)
+
+    def _stored(self, url: str) -> bytes | None:
+        """The image of an address as it was fetched; None if it was not, or is damaged."""
+        entry = self._entry(url)
+        if entry is None or _size(self._content(entry.digest)) != entry.bytes:
+            return None
+        data = self._content(entry.digest).read_bytes()
+        return data if hashlib.sha256(data).hexdigest() == entry.digest else None
+
+    def _entry(self, url: str) -> Entry | None:
+        try:
+            return Entry(**json.loads(self._address(url).read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):  # none, or cut off by a power failure
+            return None
+
+    def _fetch(self, url: str) -> bytes:
+        data, content_type = self.client.fetch(url)
+        digest = hashlib.sha256(data).hexdigest()
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        entry = Entry(shown_url(url), digest, len(data), content_type, now)
+        _write(self._content(digest), data)
+        _write(self._address(url), json.dumps(asdict(entry), indent=1).encode())
+        return data
+
+    def _content(self, digest: str) -> Path:
+        return self.folder / "content" / digest[:2] / digest
+
+    def _address(self, url: str) -> Path:
+        name = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
+        return self.folder / "urls" / name[:2] / f"{name}.json"
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 if there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Unlike `phi3v.files`, for threads that write one file at a time, and without fsync: what a power
+    failure damages is found by its digest and fetched again, and a flush for each of a million
+    images would cost hours.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
