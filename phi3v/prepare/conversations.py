@@ -1,4 +1,8 @@
-"""From a raw row to a conversation: messages, and where their images are."""
+"""From a raw row to a conversation: messages, and where their images are.
+
+Rows are made into messages by templates (`columns`), or are chats already (chats.py); either way
+the result is checked here.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,12 +11,14 @@ from typing import Any
 
 from phi3v.config.schema import SourceSection
 from phi3v.errors import ConfigError, SampleError
-from phi3v.prepare.sources import Row
+from phi3v.prepare.chats import as_list, read_llava, read_messages
+from phi3v.prepare.rows import Row, is_empty
 from phi3v.processing.prompt import IMAGE_TAG, Message, image_tags
 
 FIELD = re.compile(r"\{(\w[^{}]*)\}")  # {title}, {Full Price}; not {"title": 1}
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 cannot
-ROLES = ("system", "user", "assistant")
+STEP = re.compile(r"\.([^.\[\]]+)|\[(\d{1,9})\]")
+NESTED = re.compile(rf"([^.\[\]]+)(?:{STEP.pattern})+")  # answers[0], query.en, pages[1].text
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,22 @@ def check_columns(source: SourceSection, by: str | None, values: Mapping[str, An
 
     Raises: ConfigError naming the column and those there are.
     """
-    columns = needed_columns(source) if is_columns(source) else ["messages"]
-    for column in [*columns, *([by] if by else [])]:
-        if column not in values:
-            hint = "name these in the recipe"
-            if column == "messages":
-                hint = "set source.user and source.assistant to make messages of these"
-            raise ConfigError(
-                f"source.path {source.path} has no column '{column}', it has: {', '.join(values)}; "
-                f"{hint}"
-            )
+    name_these = "name these in the recipe"
+    if is_columns(source):
+        needed = dict.fromkeys(needed_columns(source), name_these)
+    elif source.format == "auto":
+        hint = "set source.user and source.assistant to make messages of these"
+        needed = {_chat_column(source, values): hint}
+    else:
+        needed = {_chat_column(source, values): "set source.format to what its rows hold"}
+    lacking = [(name, hint) for name, hint in needed.items() if _head(name, values) not in values]
+    if by is not None and by not in values:
+        lacking.append((by, name_these))
+    for column, hint in lacking[:1]:
+        raise ConfigError(
+            f"source.path {source.path} has no column '{column}', it has: {', '.join(values)}; "
+            f"{hint}"
+        )
 
 
 def read_conversation(row: Row, source: SourceSection) -> Conversation:
@@ -59,54 +71,75 @@ def read_conversation(row: Row, source: SourceSection) -> Conversation:
     """
     if row.fault:
         raise SampleError(f"the row {row.fault}")
-    values = row.values
-    if is_columns(source):
-        messages = [
-            Message(role="user", content=_fill(source.user or "", values)),
-            Message(role="assistant", content=_fill(source.assistant or "", values)),
-        ]
-        images = [_present(values, column) for column in source.images]
-    else:
-        messages = _read_messages(values.get("messages"))
-        images = _read_images(values.get("images"))
-    name = str(row.number if is_empty(values.get("id")) else values["id"])
+    messages, images = _read_chat(row.values, source)
+    name = str(row.number if is_empty(row.values.get("id")) else row.values["id"])
     _check_unicode([name, *(message["content"] for message in messages)])
     messages = [_checked(message, position) for position, message in enumerate(messages)]
     _check_turns(messages)
     return _renumbered(name, messages, images)
 
 
+def _read_chat(values: Mapping[str, Any], source: SourceSection) -> tuple[list[Message], list[Any]]:
+    """Messages as the row has them, and the images that <|image_1|>, ... stand for."""
+    if is_columns(source):
+        messages = [
+            Message(role="user", content=_fill(source.user or "", values)),
+            Message(role="assistant", content=_fill(source.assistant or "", values)),
+        ]
+        images = [_present(values, column) for column in source.images]
+        return messages, [each for image in images for each in as_list(image)]
+    if _chat_column(source, values) == "conversations":
+        return read_llava(values)
+    return read_messages(values)
+
+
+def _chat_column(source: SourceSection, values: Mapping[str, Any]) -> str:
+    is_llava = "conversations" in values and "messages" not in values
+    if source.format == "llava" or (source.format == "auto" and is_llava):
+        return "conversations"
+    return "messages"
+
+
 def _fill(template: str, values: Mapping[str, Any]) -> str:
-    return FIELD.sub(lambda match: str(_present(values, match[1])), template)
+    return FIELD.sub(lambda match: _text(values, match[1]), template)
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing: None, NaN, or white space."""
-    is_nan = isinstance(value, float) and value != value
-    return value is None or is_nan or (isinstance(value, str) and not value.strip())
+def _text(values: Mapping[str, Any], column: str) -> str:
+    value = _present(values, column)
+    if isinstance(value, list | dict | bytes):
+        raise SampleError(
+            f"column '{column}' is no text: a {type(value).__name__}; a list's first is "
+            f"{{{column}[0]}}, a field {{{column}.name}}"
+        )
+    return str(value)
 
 
 def _present(values: Mapping[str, Any], column: str) -> Any:
-    if is_empty(values.get(column)):
+    value = _find(values, column)
+    if is_empty(value):
         raise SampleError(f"column '{column}' is empty")
-    return values[column]
+    return value
 
 
-def _read_messages(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise SampleError("'messages' is not a list of messages")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise SampleError("a message has no 'role' and 'content' text")
-        if message.get("role") not in ROLES:
-            raise SampleError(f"role is not one of {', '.join(ROLES)}: {message.get('role')}")
-    return [Message(role=m["role"], content=m["content"]) for m in value]
+def _find(values: Mapping[str, Any], column: str) -> Any:
+    """A column's value, or what stands within it: query.en of {"query": {"en": "Hi"}} is Hi.
+
+    None where there is nothing.
+    """
+    head = _head(column, values)
+    value = values.get(head)
+    for name, number in STEP.findall(column[len(head) :]):
+        if number and isinstance(value, list):
+            value = value[int(number)] if int(number) < len(value) else None
+        else:
+            value = value.get(name) if name and isinstance(value, dict) else None
+    return value
 
 
-def _read_images(value: Any) -> list[Any]:
-    if not is_empty(value) and not isinstance(value, list):
-        raise SampleError(f"'images' is a {type(value).__name__}, not a list of images")
-    return [] if is_empty(value) else value
+def _head(column: str, values: Mapping[str, Any]) -> str:
+    """The column that {answers[0]} or {query.en} starts from; any name, if there is one of it."""
+    nested = None if column in values else NESTED.fullmatch(column)
+    return nested[1] if nested else column
 
 
 def _check_unicode(texts: Sequence[str]) -> None:
@@ -118,6 +151,8 @@ def _check_unicode(texts: Sequence[str]) -> None:
 def _checked(message: Message, position: int) -> Message:
     """Strip what the model is to say, as generation will see it: no space around an answer."""
     role, content = message["role"], message["content"]
+    if role == "user" and not content.strip():
+        raise SampleError(f"a question is empty: message {position}")
     if role != "assistant":
         return message
     if image_tags(content):

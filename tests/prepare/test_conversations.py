@@ -168,6 +168,17 @@ def test_a_row_without_an_id_is_named_by_its_number(
             "has no column 'messages', it has: question, answer; set source.user and "
             "source.assistant to make messages of these",
         ),
+        (
+            {"format": "llava"},
+            {},
+            "has no column 'conversations', it has: question, answer; set source.format to what "
+            "its rows hold",
+        ),
+        (
+            {"user": "{question}", "assistant": "{answers[0]}"},
+            {},
+            "has no column 'answers[0]', it has: question, answer; name these in the recipe",
+        ),
     ],
 )
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(

@@ -205,14 +205,15 @@ def test_lines_of_jsonl_that_are_no_rows_are_faults_in_their_place(tmp_path: Pat
         b"[1]",
         b'{"a": "\xff"}',
         b'{"a": "\xc3\xbc"}',
+        b'{"a": ' + b"[" * 100_000,
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\r\n".join(lines))
     rows = list(read_rows(tmp_path / "a.jsonl"))
-    assert [row.number for row in rows] == [0, 1, 2, 3, 4]
-    assert [row.values for row in rows] == [{"a": 1}, {}, {}, {}, {"a": "\u00fc"}]
+    assert [row.number for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row.values for row in rows] == [{"a": 1}, {}, {}, {}, {"a": "\u00fc"}, {}]
     faults = [(row.fault or "").partition(":")[0] for row in rows]
     broken = "is not valid JSON"
-    assert faults == ["", broken, "is a list, not an object with named fields", broken, ""]
+    assert faults == ["", broken, "is a list, not an object with named fields", broken, "", broken]
 
 
 def refusal(path: Path) -> str:
@@ -236,13 +237,28 @@ def test_a_quote_that_is_never_closed_does_not_swallow_rows(tmp_path: Path) -> N
     [
         ("a.csv", b"a,b,a\n1,2,3\n", "has two columns named 'a'; mend its first line"),
         ("a.csv", b'a,"b"c\n1,2\n', "'s header cannot be read as CSV: line 1, ',' expected"),
-        ("a.csv", "a\n\u00fc\n".encode("latin-1"), "is not UTF-8 ('utf-8' codec can't decode"),
+        (
+            "a.csv",
+            "a\n\u00fc\n".encode("latin-1"),
+            "is not UTF-8 (line 2: invalid start byte); save it",
+        ),
         ("a.json", b'[{"a": 1}', "is not valid JSON: "),
-        ("a.json", b'{"a": 1}', "holds a dict, not a list of rows; write [row, row, ...] or one"),
+        ("a.json", b'[{"a": 1},\n{"a": tru}]', "is not valid JSON: Expecting value, line 2; mend"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', "is not valid JSON: ',' or ']' expected, '{' found, "),
+        ("a.json", b'[{"a": 1}] x', "is not valid JSON: 'x' found behind the end of the list, "),
+        ("a.json", b'[{"a": 1},]', "is not valid JSON: Expecting value, line 1; mend the file"),
+        ("a.json", b'[{"a": "\xff"}]', "is not UTF-8 (line 1: invalid start byte); save it"),
+        ("a.json", b"[" * 100_000, "is not valid JSON: a row is nested too deeply, line 1"),
+        ("a.json", b"", "is not valid JSON: ',' or ']' expected, the file's end found, line 1"),
+        ("a.json", b'{"a": 1}', "starts with '{', not with the '[' of a list of rows; write [row,"),
         ("a.parquet", b"PAR1 no more", "cannot be read as parquet: "),
         ("a.arrow", b"ARROW1 no more", "cannot be read as arrow: "),
         ("a.arrow", b"", "cannot be read as arrow: "),
-        ("a.xlsx", b"", "ends in '.xlsx'; use one of .csv, .tsv, .jsonl, .json, .parquet, .arrow "),
+        (
+            "a.xlsx",
+            b"",
+            "ends in '.xlsx'; use one of .csv, .tsv, .jsonl, .json, .parquet, .arrow, ",
+        ),
         ("a", b"", "ends in ''; use one of "),
     ],
 )
@@ -260,15 +276,16 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_of_several_datasets_is_refused_with_their_names(tmp_path: Path) -> None:
-    one = datasets.Dataset.from_list([{"a": 1}])
-    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "both")
-    assert refusal(tmp_path / "both") == (
-        f"source.path {tmp_path}/both holds several datasets (train, test); name one of them, such "
-        f"as {tmp_path}/both/train"
-    )
-    assert [row.values for row in read_rows(tmp_path / "both/test")] == [{"a": 1}]
+def test_values_of_a_table_that_cannot_be_read_are_faults_in_their_place(tmp_path: Path) -> None:
+    text = pa.array([b"ok", b"\xff", b"ok"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"a": text}), tmp_path / "a.parquet")
+    rows = list(read_rows(tmp_path / "a.parquet"))
+    assert [row.number for row in rows] == [0, 1, 2]
+    assert [row.values for row in rows] == [{"a": "ok"}, {}, {"a": "ok"}]
+    assert (rows[1].fault or "").startswith("holds a value that cannot be read: 'utf-8' codec")
 
 
-def test_any_other_folder_is_refused(tmp_path: Path) -> None:
-    assert "is a folder that `datasets` did not save; name a file in it" in refusal(tmp_path)
+def test_a_field_of_a_csv_may_be_a_whole_image_in_base64(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a\n" + "A" * 1_000_000 + "\n")
+    (row,) = read_rows(tmp_path / "a.csv")
+    assert len(row.values["a"]) == 1_000_000

@@ -1,0 +1,181 @@
+"""Rows that `datasets` reads: folders it saved, folders of data files, datasets of the hub.
+
+`datasets` keeps what it has read as Arrow files, which are then read like any. What has no such
+files, a streamed dataset or a slice of one, is spooled into some first.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from phi3v.config.schema import SourceSection
+from phi3v.errors import ConfigError
+from phi3v.files import replacing, write_json
+from phi3v.prepare.tables import FEW, TableRows, open_streams
+
+NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+FILE_SUFFIX = re.compile(r"\.(?:[ct]sv|jsonl?|ndjson|parquet|arrow|feather|xlsx?|txt|zip|t?gz|tar)")
+PART_BYTES = 1 << 26  # of a spooled file, gathered in memory
+PROGRESS = "progress.json"
+LONG = 300  # characters of a message of `datasets` that are shown
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a text that is no path may be a dataset's name: owner/name, or name."""
+    is_file = FILE_SUFFIX.fullmatch(Path(path).suffix.lower())
+    return NAME.fullmatch(path) is not None and not is_file
+
+
+def hub_digest(section: SourceSection) -> str:
+    """What a hub dataset holds now: SHA-256 over its name, configuration, split and commit.
+
+    Raises: ConfigError if it cannot be reached.
+    """
+    path = section.paths[0]
+    with _told(path):
+        builder = datasets.load_dataset_builder(path, section.config, revision=section.revision)
+    return _sha256([path, builder.config.name, section.split, builder.hash])
+
+
+def open_dataset(
+    section: SourceSection, work: Path, state: dict[str, Any] | None = None
+) -> TableRows:
+    """Open a folder or a hub dataset; `work` is where rows that are streamed are spooled.
+
+    Raises: ConfigError if it cannot be read or reached, or has no such split.
+    """
+    path = section.paths[0]
+    if state is not None:
+        return open_streams(path, [Path(file) for file in state["files"]], state)
+    dataset = _load(section)
+    if isinstance(dataset, datasets.Dataset):
+        rows = open_streams(path, [Path(entry["filename"]) for entry in dataset.cache_files])
+        if rows.num_rows == dataset.num_rows:
+            return rows
+        dataset = dataset.to_iterable_dataset()
+    identity = [path, section.config, section.split, section.revision, section.max_rows]
+    return open_streams(path, spool(dataset, work / _sha256(identity)[:16], section))
+
+
+def _load(section: SourceSection) -> datasets.Dataset | datasets.IterableDataset:
+    path = section.paths[0]
+    with _told(path):
+        if not any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return datasets.load_dataset(
+                path,
+                section.config,
+                split=section.split,
+                revision=section.revision,
+                streaming=section.streaming,
+            )
+        saved = datasets.load_from_disk(path)
+    if isinstance(saved, datasets.DatasetDict):
+        if section.split not in saved:
+            raise ConfigError(
+                f"source.path {path} has no split '{section.split}', it has: {', '.join(saved)}; "
+                "name one in source.split"
+            )
+        return saved[section.split]
+    return saved
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Tell a failure of `datasets` in one sentence."""
+    try:
+        yield
+    except Exception as error:  # OSError, ValueError, and those of datasets, httpx and readers
+        reason = " ".join(str(error).split())[:LONG] or type(error).__name__
+        if Path(path).exists():
+            problem = f"cannot be read by datasets: {reason}; check source.split, or name a file"
+        else:
+            problem = (
+                f"is no file or folder, and cannot be read from the hub: {reason}; check the path, "
+                "or the dataset's name, config, split and revision"
+            )
+        raise ConfigError(f"source.path {path} {problem}") from error
+
+
+def spool(dataset: datasets.IterableDataset, folder: Path, section: SourceSection) -> list[Path]:
+    """Write rows up to `max_rows` into Arrow files, after those that are in the folder already.
+
+    Raises: ConfigError if they cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = _Kept()
+    if (folder / PROGRESS).is_file():
+        kept = _Kept(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+    if not kept.is_all:
+        kept = _spool_on(dataset.with_format("arrow"), folder, section, kept)
+    return [_part(folder, number) for number in range(kept.parts)]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a spool holds so far, and where `datasets` goes on."""
+
+    rows: int = 0
+    parts: int = 0
+    state: dict[str, Any] | None = None
+    is_all: bool = False
+
+
+def _spool_on(
+    dataset: datasets.IterableDataset, folder: Path, section: SourceSection, kept: _Kept
+) -> _Kept:
+    if kept.state:
+        dataset.load_state_dict(kept.state)
+    left = sys.maxsize if section.max_rows is None else section.max_rows - kept.rows
+    held: list[pa.Table] = []
+    state, size = kept.state, 0
+    for table in _tables(dataset, section.paths[0], left):
+        if size >= PART_BYTES:
+            kept = _keep(folder, kept, held, state)
+            held, size = [], 0
+        held.append(table)
+        size += table.nbytes
+        state = dataset.state_dict()
+    return _keep(folder, kept, held, None)
+
+
+def _tables(dataset: datasets.IterableDataset, path: str, left: int) -> Iterator[pa.Table]:
+    """The first `left` rows, few at once."""
+    tables = dataset.iter(FEW)
+    while left > 0:
+        with _told(path):
+            table = next(tables, None)
+        if table is None:
+            return
+        yield table.slice(0, left)
+        left -= table.num_rows
+
+
+def _keep(folder: Path, kept: _Kept, tables: list[pa.Table], state: dict[str, Any] | None) -> _Kept:
+    """Write one more part; no state: there are no rows behind it."""
+    if tables:
+        with replacing(_part(folder, kept.parts)) as temporary:
+            schema = tables[0].schema
+            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+                for table in tables:
+                    stream.write_table(table)
+    rows = kept.rows + sum(table.num_rows for table in tables)
+    kept = _Kept(rows, kept.parts + bool(tables), state, is_all=state is None)
+    write_json(folder / PROGRESS, asdict(kept))
+    return kept
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.arrow"
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,338 @@
+"""Rows of text files: CSV, TSV, JSON Lines, and a JSON list.
+
+One pass over the file counts its rows and marks the place of every 256th; any range is then read
+from the mark before it. Neither holds more of the file than a row and a block of it.
+"""
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from phi3v.errors import ConfigError
+from phi3v.prepare.rows import Row
+
+MARK = 256  # rows from one marked place to the next
+BLOCK = 1 << 20  # bytes of a JSON list read at once
+FIELD_CHARS = 1 << 27  # of a CSV field, which may be a whole image in base64
+LOOKAHEAD = 16  # characters: none of JSON's words and numbers cut by a block's end shows further in
+WHITE = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
+
+Place = Sequence[int]
+"""Where a record starts: what its file's `seek` takes, and the lines before it."""
+
+
+class Records(Protocol):
+    """The records of a file from some place on."""
+
+    def __next__(self) -> Any:
+        """The next record; StopIteration behind the last."""
+
+    def tell(self) -> Place:
+        """The place of the next record."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows of a text file that was passed over once."""
+
+    path: Path
+    num_rows: int
+    places: Sequence[Place]
+    """Of rows 0, 256, 512, ..."""
+
+    header: Sequence[str] = ()
+    """Names of the columns of a CSV."""
+
+    def read(self, start: int, stop: int) -> Iterator[Row]:
+        """Read a range of rows.
+
+        Raises: ConfigError if the file is no longer the one that was passed over.
+        """
+        if start >= stop:
+            return
+        open_records, to_row = KINDS[self.path.suffix]
+        first = start - start % MARK
+        with closing(open_records(self.path, self.places[first // MARK])) as records:
+            for number in range(first, stop):
+                record = next(records, None)
+                if record is None:
+                    raise ConfigError(
+                        f"source.path {self.path} ends before row {number}, it had "
+                        f"{self.num_rows:,} rows; leave it as it is while rows are prepared"
+                    )
+                if number >= start:
+                    yield to_row(number, record, self.header)
+
+    def state(self) -> dict[str, Any]:
+        """Row count, marks and header."""
+        places = [list(place) for place in self.places]
+        return {"num_rows": self.num_rows, "places": places, "header": list(self.header)}
+
+
+def open_text(path: Path, max_rows: int | None, state: dict[str, Any] | None = None) -> TextRows:
+    """Pass over a text file, or take what `state` says of it.
+
+    Raises: ConfigError if the file cannot be cut into rows.
+    """
+    if state is not None:
+        return TextRows(path, **state)
+    open_records, _ = KINDS[path.suffix]
+    with closing(open_records(path, (0, 0))) as records:
+        header = _read_header(path, records) if isinstance(records, CsvRecords) else ()
+        return TextRows(path, *_mark(records, max_rows), header)
+
+
+def _mark(records: Records, max_rows: int | None) -> tuple[int, list[Place]]:
+    """Rows up to `max_rows`, and the place of every 256th."""
+    count, places = 0, []
+    while max_rows is None or count < max_rows:
+        place = records.tell() if count % MARK == 0 else None
+        if next(records, None) is None:
+            break
+        if place is not None:
+            places.append(place)
+        count += 1
+    return count, places
+
+
+class CsvRecords:
+    """The line a record starts on, its fields, or what is wrong with it; empty lines are none."""
+
+    def __init__(self, path: Path, place: Place) -> None:
+        csv.field_size_limit(FIELD_CHARS)
+        self.path = path
+        self.file = path.open(encoding="utf-8-sig", newline="")
+        self.file.seek(place[0])
+        self.lines = place[1]
+        lines = iter(self.file.readline, "")  # unlike iter(file), this leaves `tell` in working
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        self.reader = csv.reader(lines, delimiter=delimiter, strict=True)
+
+    def tell(self) -> Place:
+        return self.file.tell(), self.lines + self.reader.line_num
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __next__(self) -> tuple[int, list[str], str | None]:
+        """Raises: ConfigError if misplaced quotes made one record of several lines, for who knows
+        how many rows they are.
+        """
+        while True:
+            line, fields, fault = self.lines + self.reader.line_num + 1, [], None
+            try:
+                fields = next(self.reader)
+            except csv.Error as error:
+                fault = f"cannot be read as CSV: line {line}, {error}"
+                if (last := self.lines + self.reader.line_num) > line:
+                    raise ConfigError(
+                        f"source.path {self.path} cannot be cut into rows from line {line} to "
+                        f"{last}: {error}; mend the quotes there"
+                    ) from error
+            except UnicodeDecodeError as error:
+                _refuse_encoding(self.path, error)
+            if fields or fault:
+                return line, fields, fault
+
+
+def _read_header(path: Path, records: CsvRecords) -> Sequence[str]:
+    _, header, broken = next(records, (1, [], None))
+    twice = [name for name in header if header.count(name) > 1]
+    if broken or twice:
+        problem = f"has two columns named '{twice[0]}'" if twice else f"'s header {broken}"
+        raise ConfigError(f"source.path {path} {problem}; mend its first line")
+    return header
+
+
+def _csv_row(number: int, record: Any, header: Sequence[str]) -> Row:
+    line, fields, fault = record
+    if not fault and len(fields) != len(header):
+        many = "more" if len(fields) > len(header) else "fewer"
+        counts = f"line {line}, {len(fields)} for {len(header)}"
+        fault = f"has {many} fields than the header: {counts}"
+    return Row(number, {} if fault else dict(zip(header, fields, strict=True)), fault)
+
+
+class LineRecords:
+    """Lines that are not blank."""
+
+    def __init__(self, path: Path, place: Place) -> None:
+        self.file = path.open("rb")
+        self.file.seek(place[0])
+        self.lines = filter(bytes.strip, self.file)
+
+    def tell(self) -> Place:
+        return self.file.tell(), 0
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __next__(self) -> bytes:
+        return next(self.lines)
+
+
+def _line_row(number: int, line: bytes, _: Sequence[str]) -> Row:
+    try:
+        return _object_row(number, json.loads(line))
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        return Row(number, fault=f"is not valid JSON: {error}")
+    except RecursionError:
+        return Row(number, fault="is not valid JSON: it is nested too deeply")
+
+
+def _object_row(number: int, values: Any, _: Sequence[str] = ()) -> Row:
+    if isinstance(values, dict):
+        return Row(number, values)
+    return Row(number, fault=f"is a {type(values).__name__}, not an object with named fields")
+
+
+class ListRecords:
+    """The values of a JSON list, of which no more is held than a block and a value."""
+
+    def __init__(self, path: Path, place: Place) -> None:
+        self.path = path
+        self.file = path.open("rb")
+        self.file.seek(place[0])
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.begin, self.lines = place  # byte and line where `text` starts
+        self.text, self.position = "", 0
+        self.is_over = False
+        if not place[0]:
+            self._enter()
+
+    def tell(self) -> Place:
+        self._drop()
+        return self.begin, self.lines
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __next__(self) -> tuple[Any]:
+        """A value, in a tuple: it may be None."""
+        if self.is_over:
+            raise StopIteration
+        value = self._value()
+        if self._peek() == ",":
+            self.position += 1
+        else:
+            self._leave()
+        return (value,)
+
+    def _enter(self) -> None:
+        if self.file.read(3) != codecs.BOM_UTF8:
+            self.file.seek(0)
+        self.begin = self.file.tell()
+        first = self._peek()
+        if first not in ("[", ""):
+            raise ConfigError(
+                f"source.path {self.path} starts with {first!r}, not with the '[' of a list of "
+                "rows; write [row, row, ...] or one row per line as .jsonl"
+            )
+        self.position += 1
+        if self._peek() in ("]", ""):
+            self._leave()
+
+    def _leave(self) -> None:
+        """Go past the list's end, behind which nothing may follow."""
+        if (char := self._peek()) != "]":
+            found = repr(char) if char else "the file's end"
+            self._refuse(f"',' or ']' expected, {found} found")
+        self.position += 1
+        if char := self._peek():
+            self._refuse(f"{char!r} found behind the end of the list")
+        self.is_over = True
+
+    def _value(self) -> Any:
+        while True:
+            self._peek()
+            try:
+                value, end = DECODER.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                is_cut = error.msg.startswith("Unterminated string")
+                if (is_cut or self._is_near_end(error.pos)) and self._read_on():
+                    continue
+                self.position = error.pos
+                self._refuse(error.msg)
+            except RecursionError:
+                self._refuse("a row is nested too deeply")
+            if self._is_near_end(end) and self._read_on():
+                continue  # 12 may have been the start of 12.5
+            self.position = end
+            return value
+
+    def _is_near_end(self, position: int) -> bool:
+        return position > len(self.text) - LOOKAHEAD
+
+    def _peek(self) -> str:
+        """Go past white space; the character that follows, or "" at the file's end."""
+        while True:
+            self.position = WHITE.match(self.text, self.position).end()  # type: ignore[union-attr]
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self._read_on():
+                return ""
+
+    def _read_on(self) -> bool:
+        """Read as much again as is held, so that a long value is not parsed too often."""
+        block = self.file.read(max(BLOCK, len(self.text) - self.position))
+        try:
+            text = self.decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            _refuse_encoding(self.path, error)
+        if block:
+            self._drop()
+            self.text += text
+        return bool(block)
+
+    def _drop(self) -> None:
+        passed = self.text[: self.position]
+        self.begin += len(passed.encode())
+        self.lines += passed.count("\n")
+        self.text, self.position = self.text[self.position :], 0
+
+    def _refuse(self, problem: str) -> NoReturn:
+        self._drop()
+        raise ConfigError(
+            f"source.path {self.path} is not valid JSON: {problem}, line {self.lines + 1}; mend "
+            "the file"
+        )
+
+
+def _list_row(number: int, record: tuple[Any], _: Sequence[str]) -> Row:
+    return _object_row(number, record[0])
+
+
+def _refuse_encoding(path: Path, error: UnicodeDecodeError) -> NoReturn:
+    line = next(_other_lines(path), 0)
+    raise ConfigError(
+        f"source.path {path} is not UTF-8 (line {line}: {error.reason}); save it as UTF-8"
+    ) from error
+
+
+def _other_lines(path: Path) -> Iterator[int]:
+    """Numbers of the lines, from 1, that are not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                yield number
+
+
+KINDS: dict[str, tuple[Callable[[Path, Place], Records], Callable[..., Row]]] = {
+    ".csv": (CsvRecords, _csv_row),
+    ".tsv": (CsvRecords, _csv_row),
+    ".jsonl": (LineRecords, _line_row),
+    ".json": (ListRecords, _list_row),
+}
+"""By suffix: what cuts the file into records, and what makes a row of one."""
