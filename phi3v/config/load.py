@@ -229,7 +229,7 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
 def is_one_or_many(kind: Any) -> bool:
     """Whether a schema's type is `X | tuple[X, ...]`: one value or a list."""
     options = get_args(kind)
-    return len(options) == 2 and options[1] == tuple[options[0], ...]
+    return len(options) == 2 and get_args(options[1]) == (options[0], Ellipsis)
 
 
 def _cast_section(value: Any, kind: Any, key: str, origin: _Origin) -> Any:

@@ -1,5 +1,6 @@
 """Rows and images to shards: sources, conversations, samples, the dataset folder."""
 
-from phi3v.prepare.dataset import prepare, verify
+from phi3v.prepare.dataset import Part, merge, prepare, prepare_part, verify
+from phi3v.prepare.summary import summary
 
-__all__ = ["prepare", "verify"]
+__all__ = ["Part", "merge", "prepare", "prepare_part", "summary", "verify"]

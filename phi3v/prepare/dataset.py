@@ -1,71 +1,126 @@
 """The whole of prepare: rows to a published dataset folder.
 
+    prepare(cfg)                      scan, split, write, publish
+    prepare_part(cfg, Part(2, 8))     an eighth of the pass that is due, scan or write
+    merge(cfg)                        joins the parts: after the scan the split, after the write all
+
 Every row ends as a sample or as a line of rejected.jsonl with its reason; their numbers are in the
-manifest. The folder gets its name only when everything in it is on the disk.
+manifest. The folder gets its name only when everything in it is on the disk; until then the work
+lies beside it (plan.py) and whoever starts next goes on with it. The bytes of the dataset depend
+on the recipe and its inputs alone: not on workers, parts, or kills.
 """
 
-import hashlib
-import json
-import shutil
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3v.config import DatasetConfig, differing_keys, to_dict
+import numpy as np
+
+from phi3v.config import DatasetConfig, differing_keys
 from phi3v.data import Dataset
-from phi3v.data.format import FORMAT_VERSION, MANIFEST, REJECTED, read_manifest
-from phi3v.data.writer import SplitWriter
-from phi3v.errors import ConfigError, SampleError
-from phi3v.files import publish, sha256, write_json, write_text
-from phi3v.prepare.conversations import check_columns, is_empty, read_conversation
-from phi3v.prepare.samples import SampleBuilder
-from phi3v.prepare.sources import Row, check_source, read_rows
-from phi3v.processing import Phi3VProcessor
-from phi3v.processing.processor import model_file
-from phi3v.progress import progress
+from phi3v.data.format import MANIFEST, read_manifest
+from phi3v.errors import ConfigError
+from phi3v.files import publish
+from phi3v.prepare import rejections
+from phi3v.prepare.inputs import open_inputs
+from phi3v.prepare.joining import join_scans
+from phi3v.prepare.lock import locked
+from phi3v.prepare.manifest import clear, write_manifest
+from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder
+from phi3v.prepare.recipe import make_plan, resolved_recipe, start_afresh
+from phi3v.prepare.scan import scan_chunk
+from phi3v.prepare.workers import Tally, work_off
+from phi3v.prepare.write import write_shard
 
-MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
-
-
-@dataclass
-class Rejections:
-    """Rows that became no sample, and why."""
-
-    lines: list[str] = field(default_factory=list)
-    by_reason: Counter[str] = field(default_factory=Counter)
-
-    def add(self, source: str, row: Row, reason: str) -> None:
-        name = row.values.get("id")
-        name = None if is_empty(name) else str(name)
-        entry = {"source": source, "row": row.number, "id": name, "reason": reason}
-        line = json.dumps(entry, ensure_ascii=False)
-        self.lines.append(line.encode(errors="backslashreplace").decode())  # half surrogate pairs
-        self.by_reason[reason.partition(":")[0]] += 1
+Say = Callable[[str], None]
 
 
-def prepare(cfg: DatasetConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of `count` of the work, from 1."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read "2/8".
+
+        Raises: ConfigError if that is no part.
+        """
+        number, _, count = text.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise ConfigError(f"--part must be i/n with i from 1 to n, got {text!r}; such as 1/8")
+        return cls(int(number), int(count))
+
+    def of(self, tasks: Sequence[Any]) -> Sequence[Any]:
+        """This part's share of the tasks."""
+        return tasks[self.number - 1 :: self.count]
+
+
+def prepare(cfg: DatasetConfig, say: Say = print) -> dict[str, Any]:
     """Make the dataset folder `cfg.out` and return its manifest; do nothing if it is up to date.
 
+    say  is told what happens beside the progress bar, in single lines
+
     Raises: ConfigError if the folder holds a dataset of another recipe, if the recipe does not fit
-    its source, or if more than `max_rejected` of the rows had to be rejected. ShardError if the
-    folder's files are not those of its manifest.
+    its source, if more than `max_rejected` of the rows had to be rejected, or if another process
+    prepares the same folder. ShardError if the folder's files are not those of its manifest.
     """
-    out = Path(cfg.out).absolute()
-    check_source(Path(cfg.source.path))
-    processor = Phi3VProcessor.from_pretrained(cfg.model, num_crops=cfg.num_crops)
-    recipe = {key: value for key, value in to_dict(cfg).items() if key != "out"}
-    recipe["inputs"] = _inputs(cfg, processor)
-    if (out / MANIFEST).is_file():
-        return _existing(cfg, recipe)
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise ConfigError(f"out {cfg.out} exists and is no dataset; name another, or remove this")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    manifest = _write(cfg, processor, recipe, partial)
-    publish(partial, out)
-    return manifest
+    recipe = resolved_recipe(cfg)
+    if manifest := _existing(cfg, recipe):
+        return manifest
+    with _work_folder(cfg, is_shared=False) as work:
+        if different := start_afresh(recipe, work):
+            say(f"{work.path} held work on another recipe ({', '.join(different)}): started afresh")
+        plan = make_plan(cfg, recipe, work)
+        if _scan_is_due(plan, work):
+            _scan(cfg, plan, work, Part())
+            join_scans(cfg, plan, work)
+        _write(cfg, plan, work, Part())
+        return _publish(cfg, plan, work)
+
+
+def prepare_part(cfg: DatasetConfig, part: Part, say: Say = print) -> None:
+    """Do a part of the pass that is due; any number of parts may be at work at once.
+
+    Raises: as `prepare`, and ConfigError if there is unfinished work on another recipe.
+    """
+    recipe = resolved_recipe(cfg)
+    if _existing(cfg, recipe):
+        say(f"{cfg.out} is up to date")
+        return
+    with _work_folder(cfg, is_shared=True) as work:
+        plan = make_plan(cfg, recipe, work)
+        name, do = ("scan", _scan) if _scan_is_due(plan, work) else ("write", _write)
+        do(cfg, plan, work, part)
+        say(f"{name}: part {part.number} of {part.count} is done; after the last part: --merge")
+
+
+def merge(cfg: DatasetConfig, say: Say = print) -> dict[str, Any] | None:
+    """Join the parts of a pass; return the manifest after the second pass, None after the first.
+
+    Raises: ConfigError naming what is missing, and as `prepare`.
+    """
+    recipe = resolved_recipe(cfg)
+    if manifest := _existing(cfg, recipe):
+        return manifest
+    with _work_folder(cfg, is_shared=False) as work:
+        if work.read_plan() is None:
+            raise ConfigError(f"{cfg.out} has no parts to merge; run --part 1/n to n/n first")
+        plan = make_plan(cfg, recipe, work)
+        if _scan_is_due(plan, work):
+            _refuse_missing("scan", _unscanned(plan, work), plan.chunks)
+            found = list(rejections.in_scan(plan, work, plan.chunks))
+            rejections.check_share(cfg, plan, work, found)
+            shards = join_scans(cfg, plan, work)
+            say(f"the split is made, {len(shards):,} shards are to be written: run the parts again")
+            return None
+        shards = _planned(work)
+        _refuse_missing("write", _unwritten(shards, work), shards)
+        return _publish(cfg, plan, work)
 
 
 def verify(folder: Path) -> None:
@@ -77,132 +132,100 @@ def verify(folder: Path) -> None:
         Dataset(folder, split).verify()
 
 
-def _existing(cfg: DatasetConfig, recipe: dict[str, Any]) -> dict[str, Any]:
-    manifest = read_manifest(Path(cfg.out))
+def _existing(cfg: DatasetConfig, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the dataset that is there and up to date."""
+    out = Path(cfg.out).absolute()
+    if not (out / MANIFEST).is_file():
+        if out.is_file() or (out.exists() and any(out.iterdir())):
+            raise ConfigError(
+                f"out {cfg.out} exists and is no dataset; name another, or remove this"
+            )
+        return None
+    manifest = read_manifest(out)
     if different := differing_keys(manifest["recipe"], recipe):
         raise ConfigError(
             f"{cfg.out} was made by another recipe: {', '.join(different)} differ; "
             "name another folder in 'out', or remove this one"
         )
     for split in manifest["splits"]:
-        Dataset(cfg.out, split)
+        Dataset(out, split)
     return manifest
 
 
-def _write(
-    cfg: DatasetConfig, processor: Phi3VProcessor, recipe: dict[str, Any], folder: Path
-) -> dict[str, Any]:
-    rejections = Rejections()
-    writers = {
-        split: SplitWriter(folder, split, processor.crop_size, processor.side, cfg.shard_bytes)
-        for split in (["train", "validation"] if cfg.split.validation else ["train"])
-    }
-    rows = _write_rows(cfg, processor, writers, rejections)
-    write_text(folder / REJECTED, "".join(line + "\n" for line in rejections.lines))
-    _check_share(cfg, rows, rejections, folder / REJECTED)
-    splits = {split: writer.finish() for split, writer in writers.items()}
-    if not splits["train"]["samples"]:
-        held_out = splits["validation"]["samples"] if "validation" in splits else 0
-        raise ConfigError(
-            f"source.path {cfg.source.path} gave no training sample: of {rows} rows {held_out} are "
-            f"held out and {len(rejections.lines)} rejected; give more rows, or lower "
-            f"split.validation {cfg.split.validation}"
-        )
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": _fingerprint(recipe, splits),
-        "recipe": recipe,
-        "crop_size": processor.crop_size,
-        "image_side": processor.side,
-        "image_mean": list(processor.image_mean),
-        "image_std": list(processor.image_std),
-        "num_crops": processor.num_crops,
-        "tokenizer": processor.tokenizer_digest,
-        "splits": splits,
-        "rows": rows,
-        "rejected": {
-            "count": len(rejections.lines),
-            "by_reason": dict(rejections.by_reason.most_common()),
-        },
-    }
-    write_json(folder / MANIFEST, manifest)
+@contextmanager
+def _work_folder(cfg: DatasetConfig, is_shared: bool) -> Iterator[WorkFolder]:
+    out = Path(cfg.out).absolute()
+    work = WorkFolder(out.with_name(f".{out.name}.partial"))
+    work.path.mkdir(parents=True, exist_ok=True)
+    with locked(work.lock, is_shared):
+        yield work
+
+
+def _scan_is_due(plan: Plan, work: WorkFolder) -> bool:
+    return work.read_shards() is None or bool(_unscanned(plan, work))
+
+
+def _unscanned(plan: Plan, work: WorkFolder) -> list[Chunk]:
+    return [chunk for chunk in plan.chunks if not work.scan(chunk).is_file()]
+
+
+def _unwritten(shards: Sequence[Shard], work: WorkFolder) -> list[Shard]:
+    return [shard for shard in shards if not work.entry(shard).is_file()]
+
+
+def _planned(work: WorkFolder) -> list[Shard]:
+    shards = work.read_shards()
+    assert shards is not None
+    return shards
+
+
+def _scan(cfg: DatasetConfig, plan: Plan, work: WorkFolder, part: Part) -> None:
+    mine = part.of(plan.chunks)
+    left = set(_unscanned(plan, work))
+    finished = [chunk for chunk in mine if chunk not in left]
+    known = list(rejections.in_scan(plan, work, finished))
+    tally = Tally(
+        f"scan {cfg.out}",
+        total=sum(chunk.stop - chunk.start for chunk in mine),
+        finished=sum(chunk.stop - chunk.start for chunk in finished),
+        rejected=len(known),
+    )
+    todo = [chunk for chunk in mine if chunk in left]
+    with tally:
+        for done in work_off(open_inputs, (cfg, plan, work), scan_chunk, todo, cfg.workers):
+            tally.add(done)
+            if rejections.is_too_many(tally.rejected, cfg, plan):
+                break
+    seen = [chunk for chunk in mine if work.scan(chunk).is_file()]
+    rejections.check_share(cfg, plan, work, list(rejections.in_scan(plan, work, seen)))
+
+
+def _write(cfg: DatasetConfig, plan: Plan, work: WorkFolder, part: Part) -> None:
+    todo = _unwritten(part.of(_planned(work)), work)
+    with Tally(f"write {cfg.out}", total=_samples(work, todo), finished=0) as tally:
+        for done in work_off(open_inputs, (cfg, plan, work), write_shard, todo, cfg.workers):
+            tally.add(done)
+
+
+def _samples(work: WorkFolder, shards: Sequence[Shard]) -> int:
+    """Rows that these shards will take."""
+    take = np.load(work.rows, mmap_mode="r")["take"]
+    signs = {"train": 1, "validation": -1}
+    return sum(int((take[s.start : s.stop] * signs[s.split] > 0).sum()) for s in shards)
+
+
+def _publish(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> dict[str, Any]:
+    manifest = write_manifest(cfg, plan, work, _planned(work))
+    clear(work)
+    out = Path(cfg.out).absolute()
+    publish(work.path, out)
+    (out / work.lock.name).unlink()
     return manifest
 
 
-def _write_rows(
-    cfg: DatasetConfig,
-    processor: Phi3VProcessor,
-    writers: dict[str, SplitWriter],
-    rejections: Rejections,
-) -> int:
-    """Turn every row into a sample or a rejection; return how many there were."""
-    source = cfg.source
-    root = Path(source.image_root) if source.image_root else Path(source.path).parent
-    builder = SampleBuilder(processor, root, cfg.max_tokens)
-    count, is_checked = 0, False
-    with progress(read_rows(Path(source.path)), f"prepare {cfg.out}", "row") as rows:
-        for row in rows:
-            count += 1
-            if not is_checked and not row.fault:
-                check_columns(source, cfg.split.by, row.values)
-                is_checked = True
-            try:
-                conversation = read_conversation(row, source)
-                sample = builder.build(conversation, {"source": source.path, "row": row.number})
-                split = _split_of(cfg, row, sample.id)
-            except SampleError as error:
-                rejections.add(source.path, row, str(error))
-                continue
-            writers[split].add(sample)
-    return count
-
-
-def _split_of(cfg: DatasetConfig, row: Row, name: str) -> str:
-    """Hold out by a hash of the key, so that a row's side does not depend on the others.
-
-    The key is the column `split.by`, else the row's id, else (rows without one) its number.
-    """
-    if cfg.split.by and is_empty(row.values.get(cfg.split.by)):
-        raise SampleError(f"column '{cfg.split.by}', by which rows are split, is empty")
-    key = row.values[cfg.split.by] if cfg.split.by else name
-    digest = hashlib.sha256(f"{cfg.split.seed}:{key}".encode(errors="surrogatepass")).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    return "validation" if share < cfg.split.validation else "train"
-
-
-def _check_share(cfg: DatasetConfig, rows: int, rejections: Rejections, listed: Path) -> None:
-    count = len(rejections.lines)
-    if not rows:
-        raise ConfigError(f"source.path {cfg.source.path} holds no rows; check the file")
-    if count / rows > cfg.max_rejected:
-        first = json.loads(rejections.lines[0])
-        reasons = "; ".join(f"{n} x {reason}" for reason, n in rejections.by_reason.most_common(3))
+def _refuse_missing(name: str, missing: Sequence[Any], all_units: Sequence[Any]) -> None:
+    if missing:
         raise ConfigError(
-            f"{count} of {rows} rows of {cfg.source.path} cannot be used, max_rejected allows a "
-            f"share of {cfg.max_rejected}: {reasons}; first: row {first['row']}, "
-            f"{first['reason']}; mend the rows that {listed} lists, or raise max_rejected"
+            f"the {name} is not complete: {len(missing)} of {len(all_units)} units are missing, "
+            f"the first {missing[0].name}; run the --part that stopped again"
         )
-
-
-def _inputs(cfg: DatasetConfig, processor: Phi3VProcessor) -> dict[str, Any]:
-    """What the samples are made of and the recipe only names: digests of files, and sizes."""
-    return {
-        "source": _source_digest(Path(cfg.source.path)),
-        **{name: sha256(model_file(cfg.model, name)) for name in MODEL_FILES},
-        "crop_size": processor.crop_size,
-        "image_side": processor.side,
-    }
-
-
-def _source_digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and digests of a folder's files."""
-    if path.is_file():
-        return sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _fingerprint(recipe: dict[str, Any], splits: dict[str, Any]) -> str:
-    text = json.dumps([recipe, splits], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

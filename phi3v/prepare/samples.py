@@ -1,7 +1,7 @@
 """From a conversation to a sample: tokens, labels, canvases."""
 
-import re
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,58 +9,71 @@ from transformers import PreTrainedTokenizerFast
 
 from phi3v.errors import SampleError
 from phi3v.prepare.conversations import Conversation
-from phi3v.prepare.images import load_image
+from phi3v.prepare.images import Picture
 from phi3v.processing import Phi3VProcessor
-from phi3v.processing.prompt import encode, label, render
-from phi3v.sample import Canvas, Sample
+from phi3v.processing.prompt import encode_messages, label
+from phi3v.sample import IGNORED, Canvas, Sample
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a conversation whose pictures' sizes are known.
+
+    input_ids, labels  int32 (T,)
+    of_images          positions that each picture fills
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    of_images: tuple[int, ...]
 
 
 class SampleBuilder:
     """Builds samples for one model; `max_tokens` per sample, None for no limit."""
 
-    def __init__(self, processor: Phi3VProcessor, image_root: Path, max_tokens: int | None) -> None:
-        self.processor, self.image_root, self.max_tokens = processor, image_root, max_tokens
+    def __init__(self, processor: Phi3VProcessor, max_tokens: int | None) -> None:
+        self.processor, self.max_tokens = processor, max_tokens
         self.assistant_id, self.end_id = control_ids(processor.tokenizer)
-        self.controls = control_pattern(processor.tokenizer)
 
-    def build(self, conversation: Conversation, provenance: dict[str, Any]) -> Sample:
-        """Encode a conversation.
+    def tokens(self, conversation: Conversation, sizes: Sequence[tuple[int, int]]) -> Tokens:
+        """Tokenise a conversation from its pictures' (width, height) alone.
 
         Raises: SampleError if it cannot be trained on as it stands.
         """
-        self._refuse_controls(conversation)
-        pictures = [load_image(image, self.image_root) for image in conversation.images]
-        canvases = [self.processor.canvas(picture) for picture in pictures]
-        counts = [self.processor.canvas_tokens(canvas) for canvas in canvases]
-        ids = encode(self.processor.tokenizer, render(conversation.messages), counts)
+        count = self.processor.calc_num_image_tokens_from_image_size
+        counts = tuple(count(width, height) for width, height in sizes)
+        ids = encode_messages(self.processor.tokenizer, conversation.messages, counts)
         if self.max_tokens is not None and len(ids) > self.max_tokens:
             raise SampleError(f"too many tokens: {len(ids):,}, max_tokens is {self.max_tokens:,}")
-        input_ids = np.array(ids, dtype=np.int32)
+        labels = np.array(label(ids, self.assistant_id, self.end_id), dtype=np.int32)
+        if not (labels != IGNORED).any():
+            raise SampleError("no token is trained: the chat holds no answer")
+        return Tokens(np.array(ids, dtype=np.int32), labels, counts)
+
+    def build(
+        self, conversation: Conversation, pictures: Sequence[Picture], provenance: dict[str, Any]
+    ) -> Sample:
+        """Encode a conversation and the canvases of its pictures.
+
+        Raises: SampleError if it cannot be trained on as it stands.
+        """
+        tokens = self.tokens(conversation, [(p.width, p.height) for p in pictures])
+        canvases = [self.processor.canvas(picture.decode()) for picture in pictures]
+        assert tuple(self.processor.canvas_tokens(c) for c in canvases) == tokens.of_images
         meta = {
-            "prompt_length": int(np.flatnonzero(input_ids == self.assistant_id)[-1]) + 1,
+            "prompt_length": int(np.flatnonzero(tokens.input_ids == self.assistant_id)[-1]) + 1,
             "reference": conversation.messages[-1]["content"],
         }
         return Sample(
             id=conversation.id,
-            input_ids=input_ids,
-            labels=np.array(label(ids, self.assistant_id, self.end_id), dtype=np.int32),
+            input_ids=tokens.input_ids,
+            labels=tokens.labels,
             images=tuple(Canvas(canvas) for canvas in canvases),
             meta=meta | provenance,
         )
-
-    def _refuse_controls(self, conversation: Conversation) -> None:
-        for message in conversation.messages:
-            if found := self.controls.search(message["content"]):
-                raise SampleError(f"a text holds a control token: {found[0]}, {message['role']}")
 
 
 def control_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
     """The ids of <|assistant|> and <|end|>."""
     assistant, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
     return assistant, end
-
-
-def control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """Finds any added token of a tokenizer in a text."""
-    added = sorted((str(t) for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    return re.compile("|".join(re.escape(token) for token in added))

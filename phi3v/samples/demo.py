@@ -58,7 +58,7 @@ def make_missing(cfg: RunConfig, recipe: Path) -> None:
 
 def make_inputs(dataset: DatasetConfig) -> None:
     """Make a catalogue, a model that can spell it, and its shards."""
-    catalogue = Path(dataset.source.path)
+    catalogue = Path(dataset.sources[0].paths[0])
     if not catalogue.is_file():
         make_products(catalogue.parent, seed=SEED)
     if not Path(dataset.model, "config.json").is_file():
@@ -68,8 +68,8 @@ def make_inputs(dataset: DatasetConfig) -> None:
 
 def catalogue_texts(dataset: DatasetConfig) -> Iterator[str]:
     """Every conversation of a source as text, for a tokenizer to learn from."""
-    for row in read_rows(Path(dataset.source.path)):
-        yield render(read_conversation(row, dataset.source).messages)
+    for row in read_rows(Path(dataset.sources[0].paths[0])):
+        yield render(read_conversation(row, dataset.sources[0]).messages)
 
 
 def run_demo(folders: DemoFolders, launch: Path, overrides: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from phi3v.config import DatasetConfig
 from phi3v.data import Dataset
-from phi3v.data.writer import SplitWriter
+from phi3v.data.writer import ShardWriter
 from phi3v.errors import ConfigError, ShardError
 from phi3v.files import sha256
 from phi3v.prepare import prepare, verify
@@ -62,12 +62,18 @@ def test_the_manifest_says_what_is_in_the_folder(tiny_shards: Path, tiny_model: 
             assert file["bytes"] == (tiny_shards / file["file"]).stat().st_size
             assert file["sha256"] == sha256(tiny_shards / file["file"])
     assert {path.name for path in tiny_shards.iterdir()} == files
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["rows"] == 120 and manifest["rejected"] == {"count": 0, "by_reason": {}}
     assert (manifest["crop_size"], manifest["image_side"], manifest["num_crops"]) == (56, 2, 4)
     assert manifest["recipe"]["inputs"]["tokenizer.json"] == sha256(tiny_model / "tokenizer.json")
     assert len(manifest["fingerprint"]) == 64
-    assert manifest["recipe"]["split"] == {"validation": 0.1, "by": "product_code", "seed": 0}
+    assert manifest["recipe"]["split"] == {
+        "validation": 0.1,
+        "by": "product_code",
+        "stratify": None,
+        "near_duplicates": "together",
+        "seed": 0,
+    }
 
 
 def test_a_canvas_takes_three_bytes_a_pixel_on_the_disk(tiny_shards: Path) -> None:
@@ -205,16 +211,16 @@ def test_a_prepare_that_dies_leaves_no_dataset_and_the_next_one_succeeds(
     tmp_path: Path, source: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dead one's shards are smaller, so more of them: none may stay."""
-    add = SplitWriter.add
+    add = ShardWriter.add
 
-    def die(self: SplitWriter, sample: Sample) -> None:
+    def die(self: ShardWriter, sample: Sample, times: int = 1) -> None:
         if sample.id == "r100":
             raise KeyboardInterrupt
-        add(self, sample)
+        add(self, sample, times)
 
-    monkeypatch.setattr(SplitWriter, "add", die)
+    monkeypatch.setattr(ShardWriter, "add", die)
     with pytest.raises(KeyboardInterrupt):
-        prepare(text_recipe(tiny_model, source, tmp_path / "out", shard_bytes=5000))
+        prepare(text_recipe(tiny_model, source, tmp_path / "out", shard_bytes=5000, workers=1))
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / ".out.partial").glob("train-*.arrow"))) > 3
     monkeypatch.undo()

@@ -1,22 +1,17 @@
 """Nothing is lost silently: a row becomes a sample, or a line that says why it did not."""
 
-import io
 import json
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from phi3v.data import Dataset
-from phi3v.errors import ConfigError, SampleError
+from phi3v.errors import ConfigError
 from phi3v.prepare import prepare
-from phi3v.prepare.images import load_image
 from tests.tiny import recipe, turn, write_jsonl, write_picture
 
 IMAGE = "<|image_1|>"
@@ -25,6 +20,19 @@ GOOD = turn(f"{IMAGE} What?", "This.", id="good", images=["good.png"])
 
 def with_roles(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
+
+
+def with_parts(*parts: Any, **values: Any) -> dict[str, Any]:
+    return turn("", "A.", **values) | {
+        "messages": [
+            {"role": "user", "content": list(parts)},
+            {"role": "assistant", "content": "A."},
+        ]
+    }
+
+
+def with_turns(*turns: Any, **values: Any) -> dict[str, Any]:
+    return {"conversations": list(turns), **values}
 
 
 def with_image(reference: Any) -> dict[str, Any]:
@@ -40,8 +48,12 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (with_image("."), "image does not exist: ROOT"),
     (with_image("a\0b"), "image does not exist: ROOT/a\0b"),
     (with_image("x" * 5000), f"image does not exist: ROOT/{'x' * 300}..."),
-    (with_image("https://x.org/a.png"), "image is a URL: https://x.org/a.png; download it and"),
-    (with_image("data:image/png;base64,iVBO"), "image is a URL: data:image/png;base64,iVBO; "),
+    (with_image("s3://shop/a.png"), "image is at an address of another kind than http(s): s3://"),
+    (
+        with_image("http://127.0.0.1:9/a.png"),
+        "image URL leads to a private address: http://127.0.0",
+    ),
+    (with_image("data:image/png;base64,iVBO"), "image cannot be read: data:image/png;base64,iVBO"),
     (with_image(None), "image reference of type NoneType is no path or bytes"),
     (with_image({"path": None, "bytes": None}), "image reference of type NoneType is no path"),
     (with_image(7), "image reference of type int is no path or bytes"),
@@ -56,9 +68,6 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (turn(IMAGE + IMAGE, "A.", images=["good.png"]), "image tags do not name each image once: tag"),
     (turn(IMAGE, f"A {IMAGE}", images=["good.png"]), "an answer holds an image tag: message 1"),
     (turn(IMAGE, "A.", images="good.png"), "'images' is a str, not a list of images"),
-    (turn("Hi<|end|>", "A."), "a text holds a control token: <|end|>, user"),
-    (turn("Hi", "A<|assistant|>"), "a text holds a control token: <|assistant|>, assistant"),
-    (turn("<s>old</s>", "A."), "a text holds a control token: <s>, user"),
     (turn("Hi", "A \ud83d"), "a text holds half of a surrogate pair: '\\ud83d'"),
     (turn("Hi", "A.", id="\udc00"), "a text holds half of a surrogate pair: '\\udc00'"),
     (with_roles("user", "user"), "turns are not user, assistant in alternation: user, user"),
@@ -72,6 +81,36 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"text": "Hi"}, "'messages' is not a list of messages"),
     ({"messages": ["Hi"]}, "a message has no 'role' and 'content' text"),
     ({"messages": [{"role": "user", "content": None}]}, "a message has no 'role' and 'content' te"),
+    (turn(" ", "A."), "a question is empty: message 0"),
+    (with_parts(), "a question is empty: message 0"),
+    (with_parts({"type": "video"}), "a content part is neither text nor image: video"),
+    (with_parts("Hi"), "a content part is neither text nor image: str"),
+    (with_parts({"type": "text", "text": None}), "a content part is neither text nor image: text"),
+    (with_parts({"type": "image"}), "an image part has no image: there is none left in 'images'"),
+    (
+        with_parts({"type": "image", "image": "good.png"}, images=["good.png"]),
+        "'images' holds more than its parts use: 1 of 1 left",
+    ),
+    (with_turns(), "'conversations' is not a list of turns"),
+    (with_turns({"from": "human"}), "a turn has no 'from' and 'value' text"),
+    (
+        with_turns({"from": "bing", "value": "x"}),
+        "speaker is not one of human, gpt, system, user, assistant: bing",
+    ),
+    (
+        with_turns({"from": [], "value": "x"}),
+        "speaker is not one of human, gpt, system, user, assistant: []",
+    ),
+    (
+        with_turns({"from": "human", "value": f"<image> {IMAGE}"}, image="good.png"),
+        "image tags are of two kinds: <image> and <|image_1|> in one row",
+    ),
+    (
+        with_turns(
+            {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A."}, image="good.png"
+        ),
+        "image tags do not name each image once: tags none, 1 images",
+    ),
     (turn("Hi", "word " * 300), "too many tokens: "),
     ([1, 2], "the row is a list, not an object with named fields"),
 ]
@@ -144,12 +183,11 @@ def test_bad_rows_of_a_csv_are_listed(folder: Path, tiny_model: Path) -> None:
         ("   ,good.png,r1", "column 'title' is empty"),
         ("Hat,,r1", "column 'picture' is empty"),
         ("Hat,gone.png,r1", f"image does not exist: {folder}/gone.png"),
-        ("Hat,http://x.org/a.png,r1", "image is a URL: http://x.org/a.png; download it and"),
+        ("Hat,s3://x/a.png,r1", "image is at an address of another kind than http(s): s3://x/a"),
         ("Hat,good.png,", "column 'code', by which rows are split, is empty"),
         ("Hat,good.png", "the row has fewer fields than the header: line 9, 2 for 3"),
         ("Hat,good.png,r1,5", "the row has more fields than the header: line 10, 4 for 3"),
         ('"Hat" x,good.png,r1', "the row cannot be read as CSV: line 11, "),
-        ("<|user|>,good.png,r1", "a text holds a control token: <|user|>, assistant"),
         ("<|image_1|>,good.png,r1", "an answer holds an image tag: message 1"),
     ]
     path = folder / "rows.csv"
@@ -157,7 +195,7 @@ def test_bad_rows_of_a_csv_are_listed(folder: Path, tiny_model: Path) -> None:
     source = {"path": str(path), "user": IMAGE, "assistant": "A {title}.", "images": ["picture"]}
     split = {"by": "code"}
     manifest = prepare(recipe(tiny_model, folder / "out", source, split=split, max_rejected=1))
-    assert (manifest["rows"], manifest["splits"]["train"]["samples"]) == (12, 1)
+    assert (manifest["rows"], manifest["splits"]["train"]["samples"]) == (11, 1)
     reasons = [reason for _, reason in rows if reason]
     for line, reason in zip(rejected(folder / "out"), reasons, strict=True):
         assert line["reason"].startswith(reason)
@@ -198,53 +236,3 @@ def test_a_share_is_allowed_exactly(folder: Path, tiny_model: Path) -> None:
     source = {"path": str(write_jsonl(folder / "rows.jsonl", rows))}
     manifest = prepare(recipe(tiny_model, folder / "out", source, max_rejected=0.29))
     assert manifest["rejected"]["count"] == 29
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged TIFF
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-def test_a_damaged_picture_is_a_sample_error_whatever_pillow_raises(kind: str) -> None:
-    random = np.random.default_rng(0)
-    picture = Image.fromarray(random.integers(0, 256, (9, 11, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind)
-    refused = 0
-    for _ in range(60):
-        data = bytearray(buffer.getvalue())
-        for position in random.integers(0, len(data), 4):
-            data[position] = random.integers(256)
-        try:
-            load_image(bytes(data[: random.integers(len(data) // 2, len(data))]), Path())
-        except SampleError as error:
-            assert str(error).startswith("image cannot be read: ")
-            refused += 1
-    assert refused > 5
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_a_picture_of_any_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    picture = Image.new(mode, (5, 4))
-    picture.save(tmp_path / "a.tiff")
-    loaded = load_image("a.tiff", tmp_path)
-    assert (loaded.mode, loaded.size) == ("RGB", (5, 4))
-
-
-@pytest.mark.parametrize("error", [RuntimeError, struct.error, EOFError, KeyError])
-def test_what_pillow_does_not_promise_to_raise_is_a_rejection_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
-    """Seen: RuntimeError from a damaged AVIF."""
-
-    def fail(*_: object) -> None:
-        raise error("deep inside")
-
-    write_picture(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "convert", fail)
-    with pytest.raises(SampleError, match="image cannot be read: a.png, .*deep inside"):
-        load_image("a.png", tmp_path)
-
-
-def test_a_bomb_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_picture(tmp_path / "a.png", 60, 60)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(SampleError, match="image cannot be read: a.png, Image size .* exceeds"):
-        load_image("a.png", tmp_path)

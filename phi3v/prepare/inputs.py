@@ -1,0 +1,114 @@
+"""What a worker needs to turn rows into samples: sources, images, tokenizer, opened once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3v.config import DatasetConfig
+from phi3v.config.schema import SourceSection
+from phi3v.errors import SampleError
+from phi3v.prepare.conversations import Conversation, read_conversation
+from phi3v.prepare.fetch import ImageCache
+from phi3v.prepare.images import ImageLoader
+from phi3v.prepare.plan import Chunk, Plan, WorkFolder
+from phi3v.prepare.rows import Row
+from phi3v.prepare.samples import SampleBuilder
+from phi3v.prepare.sources import Source, open_source
+from phi3v.processing import Phi3VProcessor
+
+BATCH_BYTES = 64 << 20  # of images that stand in the rows themselves, held at once
+
+Item = tuple[Row, Conversation | SampleError]
+"""A row, and its conversation or why it has none."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One source, opened."""
+
+    section: SourceSection
+    source: Source
+    loader: ImageLoader
+    builder: SampleBuilder
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a unit of work needs."""
+
+    cfg: DatasetConfig
+    plan: Plan
+    work: WorkFolder
+    parts: tuple[Input, ...]
+
+    def conversations(self, chunk: Chunk, wanted: Sequence[Any]) -> Iterator[Item]:
+        """The rows of a chunk for which `wanted` (one per row) is true.
+
+        What stands at http(s) addresses is fetched for many rows at once.
+        """
+        part = self.parts[chunk.source]
+        batch: list[Item] = []
+        held = 0
+        for row in part.source.read(chunk.start, chunk.stop):
+            if not wanted[row.number - chunk.start]:
+                continue
+            batch.append((row, _conversation(row, part.section)))
+            held += _held_bytes(batch[-1][1])
+            if held > BATCH_BYTES:
+                yield from _fetched(part.loader, batch)
+                batch, held = [], 0
+        yield from _fetched(part.loader, batch)
+
+
+def open_inputs(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> Inputs:
+    """Open every source of a recipe for reading any of its rows."""
+    cache = ImageCache(fetch_folder(cfg), cfg.fetch)
+    parts = []
+    for number, (section, state) in enumerate(zip(cfg.sources, plan.states, strict=True)):
+        source = open_source(section, work.spool(number), state)
+        loader = ImageLoader(image_root(section), cfg.max_pixels, cache)
+        builder = SampleBuilder(open_processor(cfg, section), cfg.max_tokens)
+        parts.append(Input(section, source, loader, builder))
+    return Inputs(cfg, plan, work, tuple(parts))
+
+
+def open_processor(cfg: DatasetConfig, section: SourceSection) -> Phi3VProcessor:
+    """The model's processor with the recipe's resolution policy, and the source's."""
+    num_crops = section.num_crops or cfg.num_crops
+    return Phi3VProcessor.from_pretrained(
+        cfg.model, num_crops=num_crops, never_upscale=cfg.never_upscale
+    )
+
+
+def fetch_folder(cfg: DatasetConfig) -> Path:
+    """Where fetched images are kept: beside the dataset, for all that are made there."""
+    return Path(cfg.fetch.cache) if cfg.fetch.cache else Path(cfg.out).absolute().parent / "fetched"
+
+
+def image_root(section: SourceSection) -> Path:
+    """Where relative image paths of a source start."""
+    if section.image_root:
+        return Path(section.image_root)
+    path = Path(section.paths[0])
+    return path.parent if path.exists() else Path()
+
+
+def _conversation(row: Row, section: SourceSection) -> Conversation | SampleError:
+    try:
+        return read_conversation(row, section)
+    except SampleError as error:
+        return error
+
+
+def _held_bytes(item: Conversation | SampleError) -> int:
+    """Bytes of the images that a conversation carries itself."""
+    if isinstance(item, SampleError):
+        return 0
+    inner = [image.get("bytes") if isinstance(image, dict) else image for image in item.images]
+    return sum(len(image) for image in inner if isinstance(image, bytes | str))
+
+
+def _fetched(loader: ImageLoader, batch: list[Item]) -> Iterator[Item]:
+    loader.prefetch([image for _, c in batch if isinstance(c, Conversation) for image in c.images])
+    yield from batch

@@ -1,0 +1,90 @@
+"""Between the passes: the tables of all chunks give the split and the shards.
+
+This is the one place that holds something of every row at once: about 40 bytes, and 60 more for
+each of its images while near duplicates are sought (100 MB for a million rows of one image).
+"""
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from phi3v.config import DatasetConfig
+from phi3v.files import replacing, write_json
+from phi3v.prepare.plan import ROW, Chunk, Plan, Shard, WorkFolder, plan_shards
+from phi3v.prepare.split import RowImages, Sides, choose_sides
+
+
+def read_table(work: WorkFolder, chunk: Chunk) -> pa.Table:
+    """What the scan has found of a chunk."""
+    with pa.memory_map(str(work.scan(chunk))) as file, pa.ipc.open_stream(file) as stream:
+        return stream.read_all()
+
+
+def join_scans(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> list[Shard]:
+    """Decide every row's side and every shard's rows, and write them down.
+
+    Shards that were written after an earlier scan stay if nothing about them has changed.
+    """
+    table = pa.concat_tables([read_table(work, chunk) for chunk in plan.chunks])
+    take = _numbers(table, "take")
+    usable = np.flatnonzero(take)
+    sides = _sides(cfg, table.select(["key", "stratum", "digests", "hashes"]).take(usable))
+    rows = np.zeros(plan.rows, ROW)
+    rows["tokens"] = _numbers(table, "tokens")
+    rows["take"][usable] = np.where(sides.held_out, -1, take[usable])
+    shards = plan_shards(rows["take"], _numbers(table, "bytes"), cfg.shard_bytes)
+    if work.read_shards() != shards or not np.array_equal(np.load(work.rows), rows):
+        shutil.rmtree(work.written)
+        work.written.mkdir()
+    with replacing(work.rows) as temporary, temporary.open("wb") as file:
+        np.save(file, rows)
+    write_json(work.report, _report(table, sides, np.abs(rows["take"])))
+    work.write_shards(shards)
+    return shards
+
+
+def _numbers(table: pa.Table, column: str) -> np.ndarray:
+    """A column of numbers, 0 where there is none, for the row is rejected or left out."""
+    return pc.fill_null(table[column], 0).to_numpy()
+
+
+def _sides(cfg: DatasetConfig, table: pa.Table) -> Sides:
+    strata = None
+    if cfg.split.stratify:
+        strata = table["stratum"].combine_chunks().dictionary_encode().indices.to_numpy()
+    images = None
+    if cfg.split.validation and cfg.split.near_duplicates == "together":
+        images = _images(table)
+    return choose_sides(_numbers(table, "key"), cfg.split.validation, strata, images)
+
+
+def _images(table: pa.Table) -> RowImages:
+    digests, hashes = (table[name].combine_chunks() for name in ("digests", "hashes"))
+    return RowImages(
+        rows=np.repeat(np.arange(len(table)), pc.list_value_length(digests).to_numpy()),
+        digests=_words(digests.flatten()),
+        hashes=_words(hashes.flatten()),
+    )
+
+
+def _words(values: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """Binaries of equal length as numbers of 64 bits: (values, length / 8)."""
+    width = values.type.byte_width
+    data = np.frombuffer(values.buffers()[1], np.uint8)
+    data = data[values.offset * width : (values.offset + len(values)) * width]
+    return data.view("<u8").reshape(len(values), width // 8)
+
+
+def _report(table: pa.Table, sides: Sides, times: np.ndarray) -> dict[str, Any]:
+    """What the manifest says of all rows, each counted as often as the dataset lists it."""
+    is_left_out = pc.and_(pc.is_null(table["reason"]), pc.equal(table["take"], 0))
+    return {
+        "left_out": pc.sum(is_left_out).as_py() or 0,
+        "saved_tokens": int((times * _numbers(table, "saved_tokens")).sum()),
+        "near_duplicates": {
+            name: value for name, value in vars(sides).items() if name != "held_out"
+        },
+    }

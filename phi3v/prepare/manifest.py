@@ -1,0 +1,104 @@
+"""From all parts of the work to the manifest, which makes a folder a dataset."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from phi3v.config import DatasetConfig
+from phi3v.data.audit import merge
+from phi3v.data.codecs import Codec
+from phi3v.data.format import FORMAT_VERSION, MANIFEST
+from phi3v.data.writer import finish_split
+from phi3v.errors import ConfigError
+from phi3v.files import write_json
+from phi3v.prepare import rejections
+from phi3v.prepare.inputs import open_processor
+from phi3v.prepare.plan import Plan, Shard, WorkFolder
+
+
+def write_manifest(
+    cfg: DatasetConfig, plan: Plan, work: WorkFolder, shards: Sequence[Shard]
+) -> dict[str, Any]:
+    """Write the indices, rejected.jsonl and the manifest of shards that are all written.
+
+    Raises: ConfigError if too many rows were rejected, or none is left to train on.
+    """
+    found = [
+        *rejections.in_scan(plan, work, plan.chunks),
+        *rejections.in_write(work, shards),
+    ]
+    rejections.check_share(cfg, plan, work, found)
+    rejections.write_rejected(cfg, plan, work, found)
+    splits = {split: _finish_split(work, split, shards) for split in _splits(cfg)}
+    if not splits["train"]["samples"]:
+        _refuse_empty(cfg, plan, splits, len(found))
+    report = json.loads(work.report.read_text(encoding="utf-8"))
+    processor = open_processor(cfg, cfg.sources[0])
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": _fingerprint(plan.recipe, splits),
+        "recipe": plan.recipe,
+        "crop_size": processor.crop_size,
+        "image_side": processor.side,
+        "image_mean": list(processor.image_mean),
+        "image_std": list(processor.image_std),
+        "num_crops": max(open_processor(cfg, section).num_crops for section in cfg.sources),
+        "tokenizer": processor.tokenizer_digest,
+        "pixels": Codec(cfg.pixels.codec, cfg.pixels.quality).to_manifest(),
+        "splits": splits,
+        "rows": plan.rows,
+        **report,
+        "rejected": {"count": len(found), "by_reason": rejections.by_reason(found)},
+    }
+    write_json(work.path / MANIFEST, manifest)
+    return manifest
+
+
+def clear(work: WorkFolder) -> None:
+    """Remove all but the dataset; the plan goes last, so that a kill in between is gone on with."""
+    for path in (work.scans, work.written, work.spools):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in work.path.glob(".*.tmp"):  # a killed process's
+        path.unlink()
+    for path in (work.rows, work.shards, work.report, work.plan_lock, work.plan):
+        path.unlink(missing_ok=True)
+
+
+def _splits(cfg: DatasetConfig) -> list[str]:
+    return ["train", "validation"] if cfg.split.validation else ["train"]
+
+
+def _finish_split(work: WorkFolder, split: str, shards: Sequence[Shard]) -> dict[str, Any]:
+    """Join what the shards of a split say of themselves."""
+    mine = [shard for shard in shards if shard.split == split]
+    entries = [json.loads(work.entry(shard).read_text(encoding="utf-8")) for shard in mine]
+    there = [shard for shard, entry in zip(mine, entries, strict=True) if entry["shard"]]
+    tables = (_index(work, shard) for shard in there)
+    result = finish_split(work.path, split, [e["shard"] for e in entries if e["shard"]], tables)
+    return result | {"audit": merge([entry["audit"] for entry in entries])}
+
+
+def _index(work: WorkFolder, shard: Shard) -> pa.Table:
+    with pa.memory_map(str(work.index(shard))) as file, pa.ipc.open_stream(file) as stream:
+        return stream.read_all()
+
+
+def _refuse_empty(
+    cfg: DatasetConfig, plan: Plan, splits: dict[str, Any], num_rejected: int
+) -> None:
+    held_out = splits["validation"]["samples"] if "validation" in splits else 0
+    paths = ", ".join(section.paths[0] for section in cfg.sources)
+    raise ConfigError(
+        f"source.path {paths} gave no training sample: of {plan.rows} rows {held_out} are "
+        f"held out and {num_rejected} rejected; give more rows, or lower "
+        f"split.validation {cfg.split.validation}"
+    )
+
+
+def _fingerprint(recipe: dict[str, Any], splits: dict[str, Any]) -> str:
+    text = json.dumps([recipe, splits], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

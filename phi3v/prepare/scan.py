@@ -1,0 +1,152 @@
+"""Pass 1: what every row would become, found without decoding its pictures.
+
+A chunk of rows ends as a small table: why a row is rejected or how many tokens it takes, which side
+of the split its key chooses, what its images look like. The tables of all chunks together give the
+split and the shards; nothing else of the first pass is kept (fetched images are, in their cache).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from phi3v.errors import SampleError
+from phi3v.files import replacing
+from phi3v.geometry import hd_layout, image_tokens
+from phi3v.prepare.conversations import Conversation
+from phi3v.prepare.duplicates import THUMBNAIL, WORDS, perceptual_hash
+from phi3v.prepare.images import Picture
+from phi3v.prepare.inputs import Input, Inputs
+from phi3v.prepare.plan import Chunk
+from phi3v.prepare.rows import Row, is_empty
+from phi3v.prepare.split import split_key
+from phi3v.prepare.workers import Done
+from phi3v.processing import Phi3VProcessor
+
+PIXEL_BYTES, TOKEN_BYTES, SAMPLE_BYTES = 3, 8, 1000  # in a shard, about
+
+SCAN_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # of the source
+        ("id", pa.string()),  # JSON
+        ("reason", pa.string()),  # null: the row can be used
+        ("take", pa.int16()),  # how often; 0: its source's weight leaves it out
+        ("tokens", pa.int32()),
+        ("saved_tokens", pa.int32()),  # by never_upscale
+        ("bytes", pa.int64()),  # in a shard, before any codec
+        ("key", pa.uint64()),
+        ("stratum", pa.string()),
+        ("digests", pa.list_(pa.binary(16))),
+        ("hashes", pa.list_(pa.binary(8 * WORDS))),
+    ]
+)
+
+
+def scan_chunk(inputs: Inputs, chunk: Chunk) -> Done:
+    """Write the table of a chunk of rows."""
+    part = inputs.parts[chunk.source]
+    records, images, read = [], 0, 0
+    wanted = [True] * (chunk.stop - chunk.start)
+    for row, conversation in inputs.conversations(chunk, wanted):
+        record = {"row": row.number, "id": row_id(row)}
+        try:
+            taken, pictures = _scan(inputs, part, row, conversation)
+            record |= taken
+            images += len(pictures)
+            read += sum(len(picture.data) for picture in pictures)
+        except SampleError as error:
+            record["reason"] = printable(str(error))
+        records.append(record)
+    assert [r["row"] for r in records] == list(range(chunk.start, chunk.stop)), chunk
+    write_table(inputs.work.scan(chunk), pa.Table.from_pylist(records, schema=SCAN_SCHEMA))
+    rejected = sum("reason" in record for record in records)
+    return Done(rows=len(records), images=images, bytes=read, rejected=rejected)
+
+
+def _scan(
+    inputs: Inputs, part: Input, row: Row, conversation: Conversation | SampleError
+) -> tuple[dict[str, Any], Sequence[Picture]]:
+    cfg = inputs.cfg
+    if isinstance(conversation, SampleError):
+        raise conversation
+    take = _times(part.section.weight, conversation.id, cfg.split.seed)
+    if not take:
+        return {"take": 0}, ()
+    key = _column(row.values, cfg.split.by, "by which rows are split")
+    stratum = _column(row.values, cfg.split.stratify, "by which the split is stratified")
+    pictures = [part.loader.picture(image) for image in conversation.images]
+    sizes = [(picture.width, picture.height) for picture in pictures]
+    tokens = part.builder.tokens(conversation, sizes)
+    processor = part.builder.processor
+    record: dict[str, Any] = {
+        "take": take,
+        "tokens": len(tokens.input_ids),
+        "saved_tokens": _saved(processor, sizes, tokens.of_images) if cfg.never_upscale else 0,
+        "bytes": SAMPLE_BYTES
+        + TOKEN_BYTES * len(tokens.input_ids)
+        + sum(canvas_bytes(processor, *size) for size in sizes),
+        "key": split_key(cfg.split.seed, conversation.id if key is None else key),
+        "stratum": stratum,
+    }
+    if cfg.split.validation and cfg.split.near_duplicates == "together":
+        record["digests"] = [picture.digest for picture in pictures]
+        record["hashes"] = [_likeness(picture) for picture in pictures]
+    return record, pictures
+
+
+def _likeness(picture: Picture) -> bytes:
+    return perceptual_hash(picture.thumbnail(THUMBNAIL)).astype("<u8").tobytes()
+
+
+def _times(weight: float, name: str, seed: int) -> int:
+    """How often a row is taken: 2.25 is twice, and a third time for a quarter of the rows.
+
+    A hash of the row's id decides, so that it does not depend on the other rows.
+    """
+    digest = hashlib.sha256(f"weight:{seed}:{name}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return int(weight) + (share < weight % 1)
+
+
+def _column(values: Mapping[str, Any], name: str | None, purpose: str) -> str | None:
+    if name is None:
+        return None
+    if is_empty(values.get(name)):
+        raise SampleError(f"column '{name}', {purpose}, is empty")
+    return str(values[name])
+
+
+def canvas_bytes(processor: Phi3VProcessor, width: int, height: int) -> int:
+    """Bytes of the canvas of a picture of width x height pixels."""
+    layout = hd_layout(
+        width, height, processor.num_crops, processor.crop_size, processor.never_upscale
+    )
+    return PIXEL_BYTES * layout.grid.crops * processor.crop_size**2
+
+
+def _saved(
+    processor: Phi3VProcessor, sizes: Sequence[tuple[int, int]], counts: Sequence[int]
+) -> int:
+    """Tokens that the published transform would take beyond `counts`."""
+    grids = [hd_layout(*size, processor.num_crops, processor.crop_size).grid for size in sizes]
+    return sum(image_tokens(grid, processor.side) for grid in grids) - sum(counts)
+
+
+def row_id(row: Row) -> str | None:
+    """A row's own id as JSON, which alone can hold half of a surrogate pair."""
+    name = row.values.get("id")
+    return None if is_empty(name) else json.dumps(str(name))
+
+
+def printable(text: str) -> str:
+    """A text that UTF-8 can hold: JSON may have given half of a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def write_table(path: Any, table: pa.Table) -> None:
+    """Write an Arrow stream atomically."""
+    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)

@@ -1,0 +1,42 @@
+"""What prepare says at its end, in a few lines."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from phi3v.data.audit import SUSPICIONS
+from phi3v.data.format import REJECTED
+
+
+def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on a dataset: samples, tokens, disk, what looks wrong, what was rejected."""
+    for name, split in manifest["splits"].items():
+        size = sum(shard["bytes"] for shard in split["shards"])
+        yield (
+            f"{folder} {name}: {split['samples']:,} samples, {split['tokens']:,} tokens, "
+            f"{split['audit']['label_share']:.1%} of them trained, {size / 1e9:.2f} GB"
+        )
+        for kind, found in split["audit"]["suspicious"].items():
+            examples = ", ".join(found["examples"])
+            yield f"  look at {found['count']:,} samples: {SUSPICIONS[kind]}, such as {examples}"
+    yield from _policy(manifest)
+    rejected = manifest["rejected"]
+    if rejected["count"]:
+        yield (
+            f"{rejected['count']:,} of {manifest['rows']:,} rows rejected, see {folder / REJECTED}:"
+        )
+        yield from (f"  {count:,} x {reason}" for reason, count in rejected["by_reason"].items())
+
+
+def _policy(manifest: Mapping[str, Any]) -> Iterator[str]:
+    if manifest["left_out"]:
+        yield f"{manifest['left_out']:,} of {manifest['rows']:,} rows left out by weights"
+    if manifest["recipe"]["never_upscale"]:
+        tokens = sum(split["tokens"] for split in manifest["splits"].values())
+        saved = manifest["saved_tokens"]
+        yield (
+            f"never_upscale saves {saved:,} tokens, {saved / (saved + tokens):.1%} of what the "
+            "published transform takes"
+        )
+    if manifest["pixels"]["is_lossy"]:
+        yield f"pixels are stored lossily: {manifest['pixels']['codec']}"

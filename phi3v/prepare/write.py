@@ -1,0 +1,84 @@
+"""Pass 2: a shard's rows become samples, pictures decoded.
+
+What the scan could not see (a picture whose header is whole and whose rest is not) is rejected
+here; the shard then holds a sample less.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from phi3v.data.audit import Audit
+from phi3v.data.codecs import Codec
+from phi3v.data.writer import ShardWriter
+from phi3v.errors import SampleError
+from phi3v.files import write_json
+from phi3v.prepare.conversations import Conversation
+from phi3v.prepare.inputs import Input, Inputs
+from phi3v.prepare.plan import Shard
+from phi3v.prepare.rows import Row
+from phi3v.prepare.scan import printable, row_id, write_table
+from phi3v.prepare.workers import Done
+from phi3v.sample import Sample
+
+
+def write_shard(inputs: Inputs, shard: Shard) -> Done:
+    """Write a shard, its part of the index, its audit and the rows that it had to reject."""
+    builder = inputs.parts[0].builder
+    path = inputs.work.path / f"{shard.name}.arrow"
+    codec = Codec(inputs.cfg.pixels.codec, inputs.cfg.pixels.quality)
+    writer = ShardWriter(path, codec, builder.processor.crop_size, builder.processor.side)
+    audit = Audit(builder.assistant_id, builder.end_id)
+    rejected: list[dict[str, Any]] = []
+    samples = images = 0
+    for number, row, sample, times in _samples(inputs, shard):
+        if isinstance(sample, SampleError):
+            reason = printable(str(sample))
+            rejected.append({"number": number, "id": row_id(row), "reason": reason})
+            continue
+        writer.add(sample, times)
+        audit.add(sample.id, sample.input_ids, sample.labels, times)
+        samples, images = samples + 1, images + len(sample.images)
+    entry = writer.finish() if samples else None
+    if entry:
+        write_table(inputs.work.index(shard), writer.index)
+    # Last, for it says that the shard is there.
+    entries = {"shard": entry, "rejected": rejected, "audit": audit.to_dict()}
+    write_json(inputs.work.entry(shard), entries)
+    size = entry["bytes"] if entry else 0
+    return Done(samples + len(rejected), images, size, len(rejected))
+
+
+def _samples(inputs: Inputs, shard: Shard) -> Iterator[tuple[int, Row, Sample | SampleError, int]]:
+    """Of each row: its number among all, itself, what it becomes, how often it counts."""
+    known = np.load(inputs.work.rows, mmap_mode="r")
+    for chunk in inputs.plan.parts(shard.start, shard.stop):
+        first = inputs.plan.first_rows[chunk.source]
+        rows = known[first + chunk.start : first + chunk.stop]
+        times = rows["take"] if shard.split == "train" else -rows["take"]
+        part = inputs.parts[chunk.source]
+        for row, conversation in inputs.conversations(chunk, times > 0):
+            index = row.number - chunk.start
+            sample = _build(part, row, conversation, int(rows["tokens"][index]))
+            yield first + row.number, row, sample, int(times[index])
+
+
+def _build(
+    part: Input, row: Row, conversation: Conversation | SampleError, tokens: int
+) -> Sample | SampleError:
+    """Make a row's sample, of as many tokens as the scan has counted."""
+    if isinstance(conversation, SampleError):
+        return conversation
+    try:
+        pictures = [part.loader.picture(image) for image in conversation.images]
+        provenance = {"source": part.source.path, "row": row.number}
+        sample = part.builder.build(conversation, pictures, provenance)
+    except SampleError as error:
+        return error
+    if len(sample.input_ids) != tokens:
+        return SampleError(
+            f"an image changed while rows were prepared: {len(sample.input_ids)} tokens, "
+            f"{tokens} when it was scanned"
+        )
+    return sample
