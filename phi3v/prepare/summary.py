@@ -14,7 +14,7 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         size = sum(shard["bytes"] for shard in split["shards"])
         yield (
             f"{folder} {name}: {split['samples']:,} samples, {split['tokens']:,} tokens, "
-            f"{split['audit']['label_share']:.1%} of them trained, {size / 1e9:.2f} GB"
+            f"{split['audit']['label_share']:.1%} of them trained, {_disk(size)}"
         )
         for kind, found in split["audit"]["suspicious"].items():
             examples = ", ".join(found["examples"])
@@ -26,6 +26,10 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             f"{rejected['count']:,} of {manifest['rows']:,} rows rejected, see {folder / REJECTED}:"
         )
         yield from (f"  {count:,} x {reason}" for reason, count in rejected["by_reason"].items())
+
+
+def _disk(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
 
 def _policy(manifest: Mapping[str, Any]) -> Iterator[str]:

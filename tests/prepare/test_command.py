@@ -1,5 +1,6 @@
 """launch/prepare.py as a user runs it: what it prints, and how it ends."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from tests.commands import LAUNCH, run
 from tests.tiny import turn, write_jsonl
 
 COMMAND = LAUNCH / "prepare.py"
-MADE = """out train: 9 samples, {tokens} tokens
+MADE = """out train: 9 samples, {tokens} tokens, {share}% of them trained, {size} MB
 1 of 10 rows rejected, see out/rejected.jsonl:
   1 x an answer is empty
 """
@@ -39,8 +40,11 @@ def test_a_dataset_is_made_once_and_verified(
 ) -> None:
     call(monkeypatch, "recipe.yaml")
     first = capsys.readouterr()
-    tokens = first.out.split("samples, ")[1].split(" ")[0]
-    assert first.out == MADE.format(tokens=tokens)
+    manifest = json.loads((folder / "out/manifest.json").read_text())
+    split = manifest["splits"]["train"]
+    share = f"{100 * split['label_tokens'] / split['tokens']:.1f}"
+    size = f"{split['shards'][0]['bytes'] / 1e6:.2f}"
+    assert first.out == MADE.format(tokens=split["tokens"], share=share, size=size)
     call(monkeypatch, "recipe.yaml")
     assert capsys.readouterr().out == f"out is up to date\n{first.out}"
     call(monkeypatch, "recipe.yaml", "--verify")
@@ -49,6 +53,22 @@ def test_a_dataset_is_made_once_and_verified(
     shard.write_bytes(shard.read_bytes().replace(b"Answer 7", b"Answer 8"))
     with pytest.raises(ShardError, match="^out/train-00000.arrow has SHA-256 "):
         call(monkeypatch, "--verify", "recipe.yaml")
+
+
+def test_parts_and_their_merges_say_what_is_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, line in [
+        ("--part=1/2", "scan: part 1 of 2 is done; after the last part: --merge\n"),
+        ("--part=2/2", "scan: part 2 of 2 is done; after the last part: --merge\n"),
+        ("--merge", "the split is made, 1 shards are to be written: run the parts again\n"),
+        ("--part=1/1", "write: part 1 of 1 is done; after the last part: --merge\n"),
+        ("--merge", "out train: 9 samples, "),
+        ("--part=1/2", "out is up to date\n"),
+        ("--merge", "out is up to date\n"),
+    ]:
+        call(monkeypatch, "recipe.yaml", step)
+        assert capsys.readouterr().out.startswith(line)
 
 
 @pytest.mark.slow

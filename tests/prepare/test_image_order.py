@@ -41,7 +41,7 @@ COLOURS = {
 }
 SIZES = TinySizes(image_size=28, num_crops=1, vision_width=32, width=64, layers=2, mlp_width=128)
 STEPS = 100
-RIGHT, WRONG = 0.95, 0.05  # share of answers; measured: 1.00 and 0.00 with seeds 0 to 2
+RIGHT, WRONG = 0.95, 0.05  # shares of 144 samples; measured: 1.00 and 0.00 with seeds 0 to 5
 
 Row = dict[str, Any]
 
