@@ -79,9 +79,10 @@ class Picture:
         Raises: SampleError if it is damaged.
         """
         with _pillow(self.name), _open(self.data) as image:
-            image.draft("L", (2 * side, 2 * side))
+            drafted = image.draft("L", (side, side))
+            box = drafted[1] if drafted else None  # of the smaller picture, without padding
             gray = image.convert("RGB").convert("L")
-            return np.asarray(gray.resize((side, side), Image.Resampling.BOX))
+            return np.asarray(gray.resize((side, side), Image.Resampling.BILINEAR, box))
 
 
 def open_picture(data: bytes, name: str, max_pixels: int) -> Picture:

@@ -29,10 +29,10 @@ def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """Run the command in this process, 5 seconds faster; its errors are raised."""
-    monkeypatch.setattr(sys, "argv", [str(COMMAND), *arguments])
-    runpy.run_path(str(COMMAND))["main"]()
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str, script: Path = COMMAND) -> None:
+    """Run a command in this process, 5 seconds faster; its errors are raised."""
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script))["main"]()
 
 
 def test_a_dataset_is_made_once_and_verified(

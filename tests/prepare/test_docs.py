@@ -15,23 +15,30 @@ from tests.prepare.test_rejected import BAD_ROWS
 from tests.tiny import write_picture
 
 TEXT = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-COMMAND = "python launch/prepare.py "
+SLURM = "slurm/prepare.sh 64 shop.yaml"  # run by tests/slurm/test_prepare.py
 
 
 def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
+def prepared(folder: Path) -> list[str]:
+    return [sample.meta["reference"] for sample in Dataset(folder, "train")]
+
+
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model: Path) -> Path:
     """The files that the page names, beside a model."""
-    names = re.findall(r"^`(\w+\.\w+)`", TEXT, flags=re.MULTILINE)
+    names = re.findall(r"^`(\w+\.\w+)`[:,]", TEXT, flags=re.MULTILINE)
     assert names == ["shop.csv", "shop.yaml", "chats.jsonl", "chats.yaml"]
     (shop_csv,), (shop, chats), (jsonl,) = blocks("csv"), blocks("yaml"), blocks("json")
     for name, text in zip(names, (shop_csv, shop, jsonl, chats), strict=True):
         (tmp_path / name).write_text(text, encoding="utf-8")
     for number in (1, 2, 3):
         write_picture(tmp_path / f"images/a{number}.png", seed=number)
+    lines = jsonl.splitlines()
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines[:3]), encoding="utf-8")
+    (tmp_path / "llava.json").write_text(f"[{lines[3]}]", encoding="utf-8")
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tiny").symlink_to(tiny_model)
     return tmp_path
@@ -41,17 +48,23 @@ def test_every_command_and_every_program_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    commands = "".join(blocks("bash")).splitlines()
-    assert len(commands) == 4
+    lines = "".join(blocks("bash")).splitlines()
+    commands = [line.strip() for line in lines if line.strip()]
+    assert len(commands) == 14
     for command in commands:
-        assert command.startswith(COMMAND)
-        call(monkeypatch, *command.removeprefix(COMMAND).split())
+        if command != SLURM:
+            program, script, *arguments = command.split()
+            assert program == "python"
+            call(monkeypatch, *arguments, script=ROOT / script)
+    assert {path.name for path in folder.glob("*.html")} == {"chats.html", "try.html"}
+    assert prepared(folder / "shards/parts") == prepared(folder / "shards/shop")
     shop = Dataset(folder / "shards/shop", "train")
     assert [s.meta["reference"] for s in shop] == ["Red cap, 12 EUR", "Blue cap, wide, 15 EUR"]
     assert shop.manifest["rejected"]["by_reason"] == {"column 'price' is empty": 1}
     chats = [*Dataset(folder / "shards/chats", "train")]
     chats += Dataset(folder / "shards/chats", "validation")
-    assert sorted((s.id, len(s.images)) for s in chats) == [("r1", 1), ("r2", 2), ("r3", 0)]
+    found = sorted((s.id, len(s.images)) for s in chats)
+    assert found == [("r1", 1), ("r2", 2), ("r3", 0), ("r4", 1)]
     exec(compile("".join(blocks("python")), "docs/data.md", "exec"), {})
     assert capsys.readouterr().out.splitlines()[-1] == str(SCHEMA.names)
 

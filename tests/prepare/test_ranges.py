@@ -120,7 +120,7 @@ def test_max_rows_are_the_first(name: str, tmp_path: Path) -> None:
 
 
 def test_what_lies_behind_max_rows_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('a\n1\n2\n"3\n')
+    (tmp_path / "a.csv").write_text('a\n1\n2\n"3\n4\n')
     assert values(opened(tmp_path / "a.csv", max_rows=2), 0, 2) == [{"a": "1"}, {"a": "2"}]
 
 
