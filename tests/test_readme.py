@@ -24,6 +24,7 @@ ELSEWHERE = {
     "make demo": "tests/test_demo.py",
     "source .venv/bin/activate": "tests/test_readme.py, by way of PATH",
     "sbatch": "tests/slurm/test_train.py",
+    "slurm/prepare.sh 64": "tests/slurm/test_prepare.py",
     "pip install --no-build-isolation": "needs CUDA and its compiler",
     "deepspeed launch/train.py launch/recipes/phi35.yaml": "needs the published weights",
 }
@@ -69,7 +70,7 @@ def test_every_command_runs(checkout: Path) -> None:
         done = run(program, *words[1:], cwd=checkout)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran >= 14
+    assert ran >= 15
     for name in ("products", "digits", "one", "two", "three"):
         assert len(metrics(checkout / "runs" / name)) == 2
 

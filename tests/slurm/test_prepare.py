@@ -58,6 +58,7 @@ def folder(tmp_path: Path, tiny_model: Path) -> Path:
 def test_arrays_of_parts_give_the_bytes_of_one_process(
     cluster: Cluster, folder: Path, tiny_model: Path
 ) -> None:
+    assert "slurm/prepare.sh 64 shop.yaml\n" in (ROOT / "docs/data.md").read_text()
     done = submit(cluster, folder, PARTS, "r.yaml", "split.seed=3")
     assert done.returncode == 0, done.stderr
     logs = "slurm-*.out"
