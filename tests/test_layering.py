@@ -12,11 +12,11 @@ PACKAGE = ROOT / "phi3v"
 # A layer may import those below it; packages of one line do not import each other.
 LAYERS = (
     {"errors"},
-    {"geometry", "files", "progress", "config"},
+    {"geometry", "files", "progress", "page", "config"},
     {"sample", "views"},
     {"processing", "data", "model"},
     {"prepare", "evaluation"},
-    {"training"},
+    {"training", "view"},
     {"export"},
     {"samples"},
 )
@@ -25,7 +25,15 @@ OWNERS = {
     "wandb": {"training/tracking.py"},
     "pyarrow": {"data/", "prepare/"},
     "datasets": {"data/", "prepare/"},
-    "PIL": {"processing/", "prepare/images.py", "samples/", "evaluation/"},
+    "httpcore": {"prepare/web.py", "prepare/network.py"},
+    "PIL": {
+        "data/codecs.py",
+        "processing/",
+        "prepare/images.py",
+        "samples/",
+        "evaluation/",
+        "page.py",
+    },
     "yaml": {"config/", "training/run_folder.py", "export.py"},
 }
 BANNED = {"utils", "helpers", "common", "misc", "base", "manager"}

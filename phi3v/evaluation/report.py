@@ -8,8 +8,6 @@ charts and pictures are inline, there is no script, and a content policy forbids
 a run did not measure is left out rather than shown empty.
 """
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from phi3v.evaluation.charts import CHART_STYLE, Curve, Points, line_chart, short_number
 from phi3v.files import write_text
+from phi3v.page import facts_section, heading, html_page, jpeg_url
 
 PICTURE_PIXELS = 200
 FINAL_STEPS = 20  # the final loss is a mean over so many steps
@@ -78,36 +76,17 @@ def write_report(
     facts     settings worth showing, by name
     """
     parts = (
-        _heading(title, steps),
+        heading(title, _key_facts(steps)),
         _metrics_section(summary.get("metrics") or {}),
         _charts_section(steps),
         _examples_section(examples),
-        _facts_section("Settings", facts),
-        _facts_section("Totals", _totals(summary)),
+        facts_section("Settings", facts),
+        facts_section("Totals", _totals(summary)),
     )
-    write_text(path, _page(title, "".join(parts)))
-
-
-def _page(title: str, body: str) -> str:
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}{CHART_STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
-    )
+    write_text(path, html_page(title, "".join(parts), _STYLE + CHART_STYLE))
 
 
 # Heading
-
-
-def _heading(title: str, steps: Sequence[Step]) -> str:
-    tiles = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
-        for label, value in _key_facts(steps)
-    )
-    return f'<header><h1>{escape(title)}</h1><div class="tiles">{tiles}</div></header>\n'
 
 
 def _key_facts(steps: Sequence[Step]) -> Iterable[tuple[str, str]]:
@@ -292,12 +271,8 @@ def _text_cell(label: str, text: str | None) -> str:
 def _picture(image: np.ndarray | None, number: int) -> str:
     if image is None:
         return '<span class="muted">no picture</span>'
-    picture = Image.fromarray(image)
-    picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-    jpeg = io.BytesIO()
-    picture.save(jpeg, "JPEG", quality=85)
-    data = base64.b64encode(jpeg.getvalue()).decode("ascii")
-    return f'<img src="data:image/jpeg;base64,{data}" alt="picture of example {number}">'
+    url = jpeg_url(image, PICTURE_PIXELS)
+    return f'<img src="{url}" alt="picture of example {number}">'
 
 
 # Facts
@@ -318,61 +293,17 @@ def _plain(value: str | int) -> str:
     return f"{value:,}" if is_count else str(value)
 
 
-def _facts_section(title: str, facts: Mapping[str, str]) -> str:
-    if not facts:
-        return ""
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n"
-        for name, value in facts.items()
-    )
-    return (
-        f'<section><h2>{title}</h2><table class="facts"><tbody>{rows}</tbody></table></section>\n'
-    )
-
-
 _STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b212a; --muted: #5d6774; --rule: #dfe4ea;
-  --panel: #f6f8fa; --right: #1d7a3c; --wrong: #b3261e; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --page: #14181d; --ink: #e4e8ed; --muted: #98a3b0; --rule: #333b45; --panel: #1c2229;
-    --right: #6fce8d; --wrong: #ff8f86; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 28px 20px 48px; }
-h1 { font-size: 26px; line-height: 1.25; margin: 0 0 16px; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 36px 0 10px; break-after: avoid; }
-.note { color: var(--muted); margin: 8px 0; max-width: 75ch; text-wrap: pretty; }
-.muted { color: var(--muted); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; }
-.tile { background: var(--panel); border: 1px solid var(--rule); border-radius: 6px;
-  padding: 10px 14px; }
-.tile b { display: block; font-size: 22px; line-height: 1.3; }
-.tile span { display: block; color: var(--muted); font-size: 0.87em; line-height: 1.35; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: 8px 14px 8px 0;
-  border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
-thead th { color: var(--muted); font-size: 0.87em; font-weight: 600; }
-tbody th { font-weight: 600; }
-tr { break-inside: avoid; }
-small { display: block; color: var(--muted); font-size: 0.87em; font-weight: 400; }
 .metrics thead th { width: 32%; } .metrics thead th:first-child { width: 36%; }
 .metrics b { display: inline-block; min-width: 4.3em; font-size: 1.13em; }
 .interval { display: inline-block; min-width: 8.2em; }
 .n { color: var(--muted); font-size: 0.87em; white-space: nowrap; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
-  gap: 18px 28px; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .picture { width: 174px; }
 .picture img { display: block; max-width: 160px; max-height: 160px; border-radius: 4px; }
 .prompt { color: var(--muted); font-size: 0.87em; margin-top: 4px; }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
 .right, .wrong { font-weight: 600; white-space: nowrap; }
-.facts th { width: 32%; font-weight: 400; color: var(--muted); }
-.facts th, .facts td { padding-top: 5px; padding-bottom: 5px; overflow-wrap: anywhere; }
 @media screen and (max-width: 680px) {
-  main { padding: 18px 14px 32px; }
-  .tiles { grid-template-columns: 1fr 1fr; }
   .metrics thead, .examples thead { display: none; }
   .metrics tr, .examples tr { display: block; border-bottom: 1px solid var(--rule);
     padding: 8px 0; }
@@ -381,6 +312,4 @@ small { display: block; color: var(--muted); font-size: 0.87em; font-weight: 400
     font-size: 0.87em; }
   .metrics td[data-label]::before { display: inline-block; width: 5em; }
   .metrics b { min-width: 3.8em; } .interval { min-width: 8em; } }
-@media print { main { max-width: none; padding: 0; } body { font-size: 12px; }
-  .charts { grid-template-columns: 1fr 1fr; } }
 """
