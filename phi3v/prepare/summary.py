@@ -19,6 +19,7 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         for kind, found in split["audit"]["suspicious"].items():
             examples = ", ".join(found["examples"])
             yield f"  look at {found['count']:,} samples: {SUSPICIONS[kind]}, such as {examples}"
+    yield from _likeness(manifest)
     yield from _policy(manifest)
     rejected = manifest["rejected"]
     if rejected["count"]:
@@ -30,6 +31,24 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _disk(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
+
+
+def _likeness(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What near duplicates have done to the split, and whether they leave too little of one."""
+    found, split = manifest["near_duplicates"], manifest["recipe"]["split"]
+    if found["rows_joined"]:
+        yield (
+            f"{found['rows_joined']:,} rows share an image or one that looks alike with another "
+            f"row, {found['rows_moved']:,} of them changed sides to stay together"
+        )
+    samples = sum(entry["samples"] for entry in manifest["splits"].values())
+    held_out = manifest["splits"].get("validation", {"samples": 0})["samples"]
+    if split["validation"] and held_out < split["validation"] * samples / 2:
+        yield (
+            f"only {held_out:,} of {samples:,} samples are held out, split.validation asks for a "
+            f"share of {split['validation']}; the largest group of rows that stay together has "
+            f"{found['largest_group']:,}"
+        )
 
 
 def _policy(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -263,3 +263,19 @@ def test_parts_of_several_weighted_sources_give_the_bytes_of_one(
         merge(parts)
     for path in (folder / "whole").iterdir():
         assert path.read_bytes() == (folder / "parts" / path.name).read_bytes(), path.name
+
+
+def test_a_split_that_likeness_leaves_without_rows_is_told(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """One picture in all rows: they are one group, held out whole or not at all."""
+    photo(0).save(tmp_path / "a.png")
+    lines = [turn(f"<|image_1|>{k}?", "yes", id=f"r{k}", images=["a.png"]) for k in range(40)]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", lines))
+    cfg = recipe(tiny_model, tmp_path / "out", {"path": path}, split={"validation": 0.3})
+    lines = list(summary(tmp_path / "out", prepare(cfg)))
+    assert any(line.startswith("40 rows share an image or one that looks alike") for line in lines)
+    assert (
+        "only 0 of 40 samples are held out, split.validation asks for a share of 0.3; the largest "
+        "group of rows that stay together has 40"
+    ) in lines
