@@ -1,0 +1,66 @@
+"""The shipped run recipes: read, checked against their DeepSpeed JSON and their dataset recipes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from phi3v.config import (
+    DatasetConfig,
+    RunConfig,
+    check,
+    default_deepspeed,
+    load_deepspeed,
+    load_recipe,
+)
+from phi3v.evaluation.metrics import compile_pattern, find_metrics
+from phi3v.geometry import Grid, image_tokens
+from phi3v.processing.prompt import image_tags
+from tests.commands import ROOT
+
+RECIPES = ROOT / "launch" / "recipes"
+RUNS = sorted(p for p in RECIPES.glob("*.yaml") if "run" in yaml.safe_load(p.read_text()))
+PUBLISHED = ("burberry", "docvqa", "llava", "nlvr2")
+RANKS = 8
+SIDE = 12  # of the published model
+TEXT = 100  # tokens that are left for words beside the largest pictures
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_a_run_recipe_fits_its_deepspeed_json_and_its_metrics_exist(path: Path) -> None:
+    cfg = load_recipe(RunConfig, path, ())
+    ds = ROOT / cfg.deepspeed if cfg.deepspeed else default_deepspeed(has_cuda=False)
+    check(cfg, load_deepspeed(ds, RANKS))
+    find_metrics(cfg.eval.metrics, compile_pattern(cfg.eval.pattern) if cfg.eval.pattern else None)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_run_recipe_takes_up_what_its_dataset_recipe_makes(name: str) -> None:
+    run = load_recipe(RunConfig, RECIPES / f"{name}.yaml", ())
+    made = load_recipe(DatasetConfig, RECIPES / f"{name}_shards.yaml", ())
+    assert (run.model.path, run.data.shards) == (made.model, made.out)
+    assert made.split.validation > 0
+    assert made.max_tokens is not None and made.max_tokens <= run.data.max_tokens
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_largest_pictures_fit_a_sample_and_a_pack(name: str) -> None:
+    run = load_recipe(RunConfig, RECIPES / f"{name}.yaml", ())
+    made = load_recipe(DatasetConfig, RECIPES / f"{name}_shards.yaml", ())
+    (source,) = made.sources
+    images = len(image_tags(source.user)) if source.user else 1
+    assert made.num_crops is not None and made.max_tokens is not None
+    tallest = Grid(made.num_crops, 1)  # the most tokens: a separator for every line
+    assert images * image_tokens(tallest, SIDE) + TEXT <= made.max_tokens
+    assert images * tallest.views <= run.data.max_views
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_says_what_it_is_and_what_to_type(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    head = [line for line in lines if line.startswith("#")]
+    if path.stem.removesuffix("_shards") in PUBLISHED:
+        name = path.stem.removesuffix("_shards")
+        assert f"#   python launch/prepare.py launch/recipes/{name}_shards.yaml" in head
+        assert f"#   deepspeed launch/train.py launch/recipes/{name}.yaml" in head
