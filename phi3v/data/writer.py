@@ -161,36 +161,3 @@ def _images(images: Sequence[Canvas], codec: Codec) -> pa.StructArray:
     pixels = pa.Array.from_buffers(pa.large_binary(), len(images), buffers)
     heights, widths = (pa.array([c.size[k] for c in images], pa.int32()) for k in (0, 1))
     return pa.StructArray.from_arrays([heights, widths, pixels], fields=list(PIXELS))
-
-
-class SplitWriter:
-    """Writes one split to shards of about `shard_bytes`, one after the other."""
-
-    def __init__(
-        self, folder: Path, split: str, crop_size: int, side: int, shard_bytes: int
-    ) -> None:
-        self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
-        self.crop_size, self.side = crop_size, side
-        self.entries: list[dict[str, Any]] = []
-        self.tables: list[pa.Table] = []
-        self._shard: ShardWriter | None = None
-
-    def add(self, sample: Sample) -> None:
-        """Append a sample."""
-        if self._shard is not None and self._shard.bytes >= self.shard_bytes:
-            self._close_shard()
-        if self._shard is None:
-            path = self.folder / f"{self.split}-{len(self.entries):05d}.arrow"
-            self._shard = ShardWriter(path, Codec(), self.crop_size, self.side)
-        self._shard.add(sample)
-
-    def finish(self) -> dict[str, Any]:
-        """Close the last shard, write the index; return the split's entry for the manifest."""
-        self._close_shard()
-        return finish_split(self.folder, self.split, self.entries, self.tables)
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self.entries.append(self._shard.finish())
-            self.tables.append(self._shard.index)
-            self._shard = None

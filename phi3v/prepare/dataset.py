@@ -29,8 +29,9 @@ from phi3v.prepare.joining import join_scans
 from phi3v.prepare.lock import locked
 from phi3v.prepare.manifest import clear, write_manifest
 from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder
-from phi3v.prepare.recipe import make_plan, resolved_recipe, start_afresh
+from phi3v.prepare.recipe import begin, make_plan, resolved_recipe, start_afresh
 from phi3v.prepare.scan import scan_chunk
+from phi3v.prepare.sources import check_source
 from phi3v.prepare.workers import Tally, work_off
 from phi3v.prepare.write import write_shard
 
@@ -69,11 +70,12 @@ def prepare(cfg: DatasetConfig, say: Say = print) -> dict[str, Any]:
     its source, if more than `max_rejected` of the rows had to be rejected, or if another process
     prepares the same folder. ShardError if the folder's files are not those of its manifest.
     """
-    recipe = resolved_recipe(cfg)
-    if manifest := _existing(cfg, recipe):
+    if manifest := _existing(cfg):
         return manifest
     with _work_folder(cfg, is_shared=False) as work:
-        if different := start_afresh(recipe, work):
+        recipe, different = begin(cfg, work)
+        if different:
+            start_afresh(recipe, work)
             say(f"{work.path} held work on another recipe ({', '.join(different)}): started afresh")
         plan = make_plan(cfg, recipe, work)
         if _scan_is_due(plan, work):
@@ -88,12 +90,11 @@ def prepare_part(cfg: DatasetConfig, part: Part, say: Say = print) -> None:
 
     Raises: as `prepare`, and ConfigError if there is unfinished work on another recipe.
     """
-    recipe = resolved_recipe(cfg)
-    if _existing(cfg, recipe):
+    if _existing(cfg):
         say(f"{cfg.out} is up to date")
         return
     with _work_folder(cfg, is_shared=True) as work:
-        plan = make_plan(cfg, recipe, work)
+        plan = make_plan(cfg, _same_recipe(cfg, work), work)
         name, do = ("scan", _scan) if _scan_is_due(plan, work) else ("write", _write)
         do(cfg, plan, work, part)
         say(f"{name}: part {part.number} of {part.count} is done; after the last part: --merge")
@@ -104,13 +105,13 @@ def merge(cfg: DatasetConfig, say: Say = print) -> dict[str, Any] | None:
 
     Raises: ConfigError naming what is missing, and as `prepare`.
     """
-    recipe = resolved_recipe(cfg)
-    if manifest := _existing(cfg, recipe):
+    if manifest := _existing(cfg):
         return manifest
     with _work_folder(cfg, is_shared=False) as work:
-        if work.read_plan() is None:
+        recipe = _same_recipe(cfg, work)
+        plan = work.read_plan(recipe)
+        if plan is None:
             raise ConfigError(f"{cfg.out} has no parts to merge; run --part 1/n to n/n first")
-        plan = make_plan(cfg, recipe, work)
         if _scan_is_due(plan, work):
             _refuse_missing("scan", _unscanned(plan, work), plan.chunks)
             found = list(rejections.in_scan(plan, work, plan.chunks))
@@ -132,8 +133,10 @@ def verify(folder: Path) -> None:
         Dataset(folder, split).verify()
 
 
-def _existing(cfg: DatasetConfig, recipe: dict[str, Any]) -> dict[str, Any] | None:
+def _existing(cfg: DatasetConfig) -> dict[str, Any] | None:
     """The manifest of the dataset that is there and up to date."""
+    for section in cfg.sources:
+        check_source(section.paths[0])
     out = Path(cfg.out).absolute()
     if not (out / MANIFEST).is_file():
         if out.is_file() or (out.exists() and any(out.iterdir())):
@@ -142,7 +145,7 @@ def _existing(cfg: DatasetConfig, recipe: dict[str, Any]) -> dict[str, Any] | No
             )
         return None
     manifest = read_manifest(out)
-    if different := differing_keys(manifest["recipe"], recipe):
+    if different := differing_keys(manifest["recipe"], resolved_recipe(cfg)):
         raise ConfigError(
             f"{cfg.out} was made by another recipe: {', '.join(different)} differ; "
             "name another folder in 'out', or remove this one"
@@ -159,6 +162,17 @@ def _work_folder(cfg: DatasetConfig, is_shared: bool) -> Iterator[WorkFolder]:
     work.path.mkdir(parents=True, exist_ok=True)
     with locked(work.lock, is_shared):
         yield work
+
+
+def _same_recipe(cfg: DatasetConfig, work: WorkFolder) -> dict[str, Any]:
+    """The recipe, which must be the one that other parts follow."""
+    recipe, different = begin(cfg, work)
+    if different:
+        raise ConfigError(
+            f"{work.path} holds unfinished work on another recipe: {', '.join(different)} differ; "
+            "remove that folder"
+        )
+    return recipe
 
 
 def _scan_is_due(plan: Plan, work: WorkFolder) -> bool:

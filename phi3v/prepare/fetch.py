@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
 from phi3v.config.schema import FetchSection
@@ -45,9 +46,13 @@ class ImageCache:
         settings: FetchSection,
         is_allowed: Callable[[str], bool] | None = None,
     ) -> None:
-        self.folder, self.concurrency = folder, settings.concurrency
-        self.client = Client(settings, is_allowed)
+        self.folder, self.settings, self.is_allowed = folder, settings, is_allowed
         self.failed: dict[str, str] = {}
+
+    @cached_property
+    def client(self) -> Client:
+        """Made when the first image is fetched: 35 ms, most of it for the certificates."""
+        return Client(self.settings, self.is_allowed)
 
     def get(self, url: str) -> bytes:
         """Give the image at an address, from the folder if it is there.
@@ -62,8 +67,12 @@ class ImageCache:
     def prefetch(self, urls: Iterable[str]) -> None:
         """Bring images into the folder, `fetch.concurrency` at once, each address once."""
         self.failed = {}
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            for _ in pool.map(self._bring, dict.fromkeys(urls)):
+        wanted = dict.fromkeys(urls)
+        if not wanted:
+            return
+        assert self.client  # made here, before threads would each make one
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            for _ in pool.map(self._bring, wanted):
                 pass  # raises what is no image's fault, such as a full disk
 
     def _bring(self, url: str) -> None:

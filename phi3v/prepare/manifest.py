@@ -59,12 +59,20 @@ def write_manifest(
 
 
 def clear(work: WorkFolder) -> None:
-    """Remove all but the dataset; the plan goes last, so that a kill in between is gone on with."""
+    """Remove all but the dataset; a kill in between is gone on with, for the recipe goes last."""
     for path in (work.scans, work.written, work.spools):
         shutil.rmtree(path, ignore_errors=True)
     for path in work.path.glob(".*.tmp"):  # a killed process's
         path.unlink()
-    for path in (work.rows, work.shards, work.report, work.plan_lock, work.plan):
+    for path in (
+        work.rows,
+        work.shards,
+        work.report,
+        work.plan_lock,
+        work.plan,
+        work.digests,
+        work.recipe,
+    ):
         path.unlink(missing_ok=True)
 
 

@@ -1,7 +1,9 @@
 """What there is to do, and the work folder where unfinished work lies.
 
     .NAME.partial/                beside the dataset folder NAME, which it becomes
-      lock  plan.json             the recipe; each source's rows and where they start in its file
+      lock  plan.lock             held while somebody is at work, and while the plan is made
+      recipe.json  digests.json   what the work was begun for
+      plan.json                   each source's rows and where they start in its file
       scan/0-00000012.arrow       pass 1: what is known of 256 rows of source 0
       rows.npy  shards.json       the split: every row's side; every shard's range of rows
       report.json                 what the manifest will say of the split
@@ -106,6 +108,16 @@ class WorkFolder:
         return self.path / "lock"
 
     @property
+    def recipe(self) -> Path:
+        """What the work was begun for."""
+        return self.path / "recipe.json"
+
+    @property
+    def digests(self) -> Path:
+        """Of the sources' files, as `resolved_recipe` remembers them."""
+        return self.path / "digests.json"
+
+    @property
     def plan(self) -> Path:
         return self.path / "plan.json"
 
@@ -152,18 +164,25 @@ class WorkFolder:
     def index(self, shard: Shard) -> Path:
         return self.written / f"{shard.name}.arrow"
 
-    def read_plan(self) -> Plan | None:
-        """The plan that was made here, if one was."""
+    def read_recipe(self) -> dict[str, Any] | None:
+        """The recipe that the work was begun for, if it was."""
+        if not self.recipe.is_file():
+            return None
+        recipe: dict[str, Any] = json.loads(self.recipe.read_text(encoding="utf-8"))
+        return recipe
+
+    def read_plan(self, recipe: dict[str, Any]) -> Plan | None:
+        """The plan that was made here, if one was; it is the recipe's."""
         if not self.plan.is_file():
             return None
         plan = json.loads(self.plan.read_text(encoding="utf-8"))
-        return Plan(plan["recipe"], tuple(plan["states"]), tuple(plan["num_rows"]))
+        return Plan(recipe, tuple(plan["states"]), tuple(plan["num_rows"]))
 
     def write_plan(self, plan: Plan) -> None:
         for folder in (self.scans, self.written):
             folder.mkdir(exist_ok=True)
         states, num_rows = list(plan.states), list(plan.num_rows)
-        write_json(self.plan, {"recipe": plan.recipe, "states": states, "num_rows": num_rows})
+        write_json(self.plan, {"states": states, "num_rows": num_rows})
 
     def read_shards(self) -> list[Shard] | None:
         """The shards that were planned here, if the scan is over."""

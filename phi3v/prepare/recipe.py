@@ -1,12 +1,13 @@
 """The recipe as it is followed: every default, and digests of what it only names."""
 
+import json
 import shutil
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from phi3v.config import DatasetConfig, differing_keys, to_dict
 from phi3v.errors import ConfigError
-from phi3v.files import sha256
+from phi3v.files import sha256, write_json
 from phi3v.prepare.conversations import check_columns
 from phi3v.prepare.inputs import open_processor
 from phi3v.prepare.lock import locked
@@ -19,14 +20,19 @@ HOW = ("out", "workers", "fetch")
 """Keys that say how the work is done, not what comes of it."""
 
 
-def resolved_recipe(cfg: DatasetConfig) -> dict[str, Any]:
+def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, Any]:
     """What the dataset will be made of, to tell it from any other.
+
+    known  a file that remembers the digests of files between starts: a folder of 500 GB is read
+           once, not by every part of a job array
 
     Raises: ConfigError if a source or a file of the model is missing.
     """
     recipe = {key: value for key, value in to_dict(cfg).items() if key not in HOW}
     processor = open_processor(cfg, cfg.sources[0])
-    digests = [source_digest(section) for section in cfg.sources]
+    files = _Digests(known)
+    digests = [source_digest(section, files.digest) for section in cfg.sources]
+    files.save()
     recipe["inputs"] = {
         "source": digests[0] if len(digests) == 1 else digests,
         **{name: sha256(model_file(cfg.model, name)) for name in MODEL_FILES},
@@ -36,20 +42,60 @@ def resolved_recipe(cfg: DatasetConfig) -> dict[str, Any]:
     return recipe
 
 
+class _Digests:
+    """Digests of files, by path, size and time of change."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        is_there = path is not None and path.is_file()
+        self.known: dict[str, str] = json.loads(path.read_text()) if path and is_there else {}
+
+    def digest(self, file: Path) -> str:
+        """The SHA-256 of a file, read only if it is not known."""
+        found = file.stat()
+        key = f"{file.absolute()}:{found.st_size}:{found.st_mtime_ns}"
+        if key not in self.known:
+            self.known[key] = sha256(file)
+        return self.known[key]
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_json(self.path, self.known)
+
+
+def begin(cfg: DatasetConfig, work: WorkFolder) -> tuple[dict[str, Any], list[str]]:
+    """Resolve the recipe and compare it with what the work folder was begun for.
+
+    returns  the recipe, and the keys that differ; none if the folder is new or of this recipe
+    """
+    with locked(work.plan_lock, is_shared=False, waits=True):
+        recipe = resolved_recipe(cfg, work.digests)
+        before = work.read_recipe()
+        different = _differing(before, recipe) if before else []
+        if not different:
+            write_json(work.recipe, recipe)
+        return recipe, different
+
+
+def start_afresh(recipe: dict[str, Any], work: WorkFolder) -> None:
+    """Remove work on another recipe, and begin with this one."""
+    kept = (work.lock, work.plan_lock, work.digests)
+    for path in work.path.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path not in kept:
+            path.unlink()
+    write_json(work.recipe, recipe)
+
+
 def make_plan(cfg: DatasetConfig, recipe: dict[str, Any], work: WorkFolder) -> Plan:
     """The plan of the work folder, made now if there is none.
 
-    Raises: ConfigError if the folder holds work on another recipe, or the recipe does not fit its
-    sources.
+    Raises: ConfigError if the recipe does not fit its sources.
     """
     with locked(work.plan_lock, is_shared=False, waits=True):
-        if plan := work.read_plan():
-            if different := _differing(plan, recipe):
-                raise ConfigError(
-                    f"{work.path} holds unfinished work on another recipe: {', '.join(different)} "
-                    "differ; remove that folder"
-                )
-            return replace(plan, recipe=recipe)
+        if plan := work.read_plan(recipe):
+            return plan
         sources = [_open(cfg, number, work) for number in range(len(cfg.sources))]
         states = tuple(source.state() for source in sources)
         plan = Plan(recipe, states, tuple(source.num_rows for source in sources))
@@ -57,23 +103,9 @@ def make_plan(cfg: DatasetConfig, recipe: dict[str, Any], work: WorkFolder) -> P
         return plan
 
 
-def start_afresh(recipe: dict[str, Any], work: WorkFolder) -> list[str]:
-    """Remove work on another recipe; return the keys that differ."""
-    plan = work.read_plan()
-    different = _differing(plan, recipe) if plan else []
-    if different or not plan:
-        for path in work.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != work.lock:
-                path.unlink()
-    return different
-
-
-def _differing(plan: Plan, recipe: dict[str, Any]) -> list[str]:
+def _differing(before: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
     """max_rejected only judges what was found: after a stop it may be raised, and work goes on."""
-    keys = differing_keys(plan.recipe, recipe)
-    return [key for key in keys if key != "max_rejected"]
+    return [key for key in differing_keys(before, recipe) if key != "max_rejected"]
 
 
 def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:

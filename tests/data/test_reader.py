@@ -1,18 +1,20 @@
 """A damaged or foreign folder is refused, and the file is named; no damage crashes the reader."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from phi3v.data import Dataset
 from phi3v.data.codecs import NAMES, Codec, CodecName
 from phi3v.errors import ShardError
 from phi3v.sample import Sample
-from tests.tiny import make_sample, write_samples
+from tests.tiny import assert_same, make_sample, write_samples
 
 SHARDS = ["train-00000.arrow", "train-00001.arrow"]
 FILES = [*SHARDS, "train.index.arrow"]
@@ -117,6 +119,45 @@ def test_an_unknown_split_is_refused_with_the_known_ones(folder: Path) -> None:
 def test_an_index_that_does_not_fit_the_manifest_is_refused(folder: Path) -> None:
     edit_manifest(folder, lambda m: m["splits"]["train"]["shards"][0].update(samples=7))
     assert refusal(folder).startswith(f"{folder}/train.index.arrow cannot be read (it does not ")
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [("bytes", [8, 0, 0]), ("bytes", [0, 8, 0]), ("bytes", [0, 0, 8]), ("offset", [0, 0, 8])],
+)
+def test_an_index_whose_messages_leave_gaps_is_refused(
+    folder: Path, column: str, values: list[int]
+) -> None:
+    path = folder / "train.index.arrow"
+    with pa.ipc.open_stream(path.read_bytes()) as stream:
+        table = stream.read_all().combine_chunks()
+    number = table.column_names.index(column)
+    moved = pa.array(table[column].to_numpy() + values)
+    table = table.set_column(number, table.field(number), moved)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    size = path.stat().st_size
+    edit_manifest(folder, lambda m: m["splits"]["train"]["index"].update(bytes=size))
+    assert refusal(folder).startswith(f"{path} cannot be read (it does not list the samples ")
+
+
+def test_an_index_of_more_samples_than_the_manifest_says_is_refused(folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: manifest["splits"]["train"].update(samples=2))
+    assert refusal(folder).startswith(f"{folder}/train.index.arrow cannot be read (it does not ")
+
+
+def test_a_sample_that_comes_in_pieces_is_put_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may give less than was asked for, and gives 2 GiB at most."""
+    whole = os.preadv
+
+    def some(handle: int, buffers: list[memoryview], offset: int) -> int:
+        return whole(handle, [buffers[0][:1000]], offset)
+
+    monkeypatch.setattr(os, "preadv", some)
+    dataset = Dataset(folder, "train")
+    assert_same(read_into(dataset, 2), dataset[2])
 
 
 def test_verify_accepts_what_was_written(folder: Path) -> None:
