@@ -37,7 +37,7 @@ def main() -> None:
 
         def run(workers: int) -> None:
             out = folder / f"out{next(number)}"
-            prepare(recipe(rows, model, out, NUM_CROPS, workers))
+            prepare(recipe(rows, model, out, NUM_CROPS, workers=workers))
             for path in out.iterdir():
                 path.unlink()
 

@@ -11,6 +11,7 @@ A shard's bytes depend on its samples and the codec, on nothing else.
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +28,7 @@ from phi3v.geometry import grid_of, image_tokens
 from phi3v.sample import IGNORED, Canvas, Sample, count_views
 
 TOTALS = ("tokens", "label_tokens", "image_tokens", "views")
+FORGET_BYTES = 1 << 24
 PIXELS = SCHEMA.field("images").type.value_type
 
 
@@ -116,11 +118,17 @@ def _numbered(table: pa.Table, shard: int) -> pa.Table:
 
 
 class _HashedFile(io.RawIOBase):
-    """A file whose size and SHA-256 are known when it is written."""
+    """A file whose size and SHA-256 are known when it is written.
+
+    Its pages go to the disk as they come and are forgotten: terabytes that are written once shall
+    not fill the memory of the machine, nor a job's share of it; and 4 MB take 1 ms in pages that
+    were just freed, up to 10 ms in pages that have to be found.
+    """
 
     def __init__(self, path: Path) -> None:
         self.size, self.digest = 0, hashlib.sha256()
-        self._file = pa.OSFile(str(path), "wb")
+        self._file = path.open("wb")
+        self._forgotten = 0
 
     def writable(self) -> bool:
         return True
@@ -129,7 +137,15 @@ class _HashedFile(io.RawIOBase):
         self._file.write(data)
         self.digest.update(data)
         self.size += len(data)
+        if self.size > self._forgotten + FORGET_BYTES:
+            self._forget()
         return len(data)
+
+    def _forget(self) -> None:
+        """Start writing what is not on the disk yet, and drop what is."""
+        self._file.flush()
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._forgotten = self.size
 
     def close(self) -> None:
         self._file.close()

@@ -62,7 +62,8 @@ class Picture:
         Raises: SampleError if it is damaged.
         """
         with _pillow(self.name), _open(self.data) as image:
-            picture = image.convert("RGB")
+            image.load()
+            picture = image if image.mode == "RGB" else image.convert("RGB")  # else a mere copy
         if picture.size != (self.width, self.height):
             raise SampleError(
                 f"image cannot be read: {self.name}, {picture.width}x{picture.height} pixels where "
@@ -235,7 +236,8 @@ def _data_url(url: str) -> bytes:
     """data:image/png;base64,iVBORw0... -> bytes."""
     head, _, body = url.partition(",")
     is_base64 = head.lower().endswith(";base64")
-    data = _base64(unquote(body)) if is_base64 else unquote_to_bytes(body)
+    plain = body.encode(errors="surrogatepass")  # JSON may have given half of a surrogate pair
+    data = _base64(unquote(body)) if is_base64 else unquote_to_bytes(plain)
     if data is None:
         raise SampleError(f"image cannot be read: {_shortened(url)}, it is no valid base64")
     return data

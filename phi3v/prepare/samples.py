@@ -45,7 +45,7 @@ class SampleBuilder:
         ids = encode_messages(self.processor.tokenizer, conversation.messages, counts)
         if self.max_tokens is not None and len(ids) > self.max_tokens:
             raise SampleError(f"too many tokens: {len(ids):,}, max_tokens is {self.max_tokens:,}")
-        labels = np.array(label(ids, self.assistant_id, self.end_id), dtype=np.int32)
+        labels = label(ids, self.assistant_id, self.end_id)
         if not (labels != IGNORED).any():
             raise SampleError("no token is trained: the chat holds no answer")
         return Tokens(np.array(ids, dtype=np.int32), labels, counts)

@@ -18,6 +18,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any, TypedDict
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -157,15 +158,18 @@ def _encode_segments(
     return ids
 
 
-def label(input_ids: Sequence[int], assistant_id: int, end_id: int) -> list[int]:
+def label(input_ids: Sequence[int], assistant_id: int, end_id: int) -> np.ndarray:
     """Label what the assistant says: the tokens after each <|assistant|> up to its <|end|>.
 
     <|user|> \\n 4 <|end|> \\n <|assistant|> 7 8 <|end|> \\n  ->  only 7, 8 and their <|end|>
 
     Contents hold no control tokens as `encode_messages` gives them.
+
+    returns  int32 (T,); -100 where nothing is trained
     """
-    labels, answering = [], False
-    for token in input_ids:
-        labels.append(token if answering else IGNORED)
-        answering = token == assistant_id or (answering and token != end_id)
-    return labels
+    ids = np.asarray(input_ids, dtype=np.int32)
+    opens, ends = ids == assistant_id, ids == end_id
+    places = np.arange(len(ids))
+    last = np.maximum.accumulate(np.where(opens | ends, places, -1))  # of the two, up to here
+    is_open = np.append(False, (last >= 0) & opens[last])[:-1]  # before this token
+    return np.where(is_open, ids, IGNORED).astype(np.int32)

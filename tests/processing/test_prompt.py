@@ -119,7 +119,7 @@ def test_tags_that_do_not_number_the_images_are_refused(
 def test_only_the_assistants_texts_and_their_ends_are_labelled(
     ids: list[int], labels: list[int]
 ) -> None:
-    assert label(ids, A, E) == labels
+    assert label(ids, A, E).tolist() == labels
 
 
 @settings(deadline=None)
