@@ -52,13 +52,14 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=24, help="of each size")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--width", type=int, help="of one size only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print(describe_machine())
     print(f"time an image: median (quartiles) of {arguments.repeats}; {arguments.images} images")
     with tempfile.TemporaryDirectory() as folder:
-        for size in SIZES:
+        for size in (s for s in SIZES if arguments.width in (None, s[0])):
             files = make_photos(Path(folder), *size, arguments.images)
             for num_crops in CROPS:
                 times = compare(files, num_crops, arguments.repeats)
@@ -80,7 +81,7 @@ def compare(files: Sequence[Path], num_crops: int, repeats: int) -> dict[str, Ti
         # A folder of its own for each: to write over a file is to wait for the old one's removal.
         outs = (folder / f"out{number}" for number in count())
         sides = {
-            "published": lambda: [published(file, processor) for file in files],
+            "published": lambda: publish_all(files, processor),
             "ours": lambda: prepare(recipe(rows, model, next(outs), num_crops)),
             "split": lambda: prepare(recipe(rows, model, next(outs), num_crops, is_split=True)),
         }
@@ -139,10 +140,16 @@ def recipe(
 # --- published ---
 
 
+def publish_all(files: Sequence[Path], processor: Phi3VProcessor) -> None:
+    """One after the other; none is kept, as in a loader that hands them on."""
+    for file in files:
+        published(file, processor)
+
+
 def published(file: Path, processor: Phi3VProcessor) -> tuple[Tensor, list[int]]:
     """The published processor's work, step by step as its transforms do it.
 
-    returns  (num_crops + 1, 3, 336, 336) float32, and the ids
+    returns  (1, num_crops + 1, 3, 336, 336) float32, and the ids
     """
     with Image.open(file) as image:
         picture = image.convert("RGB")
@@ -151,7 +158,8 @@ def published(file: Path, processor: Phi3VProcessor) -> tuple[Tensor, list[int]]
     views = cut(values, processor.crop_size)
     slots = torch.zeros(processor.num_crops + 1 - len(views), *views.shape[1:])
     counts = [image_tokens(layout.grid, processor.side)]
-    return torch.cat([views, slots]), encode(processor.tokenizer, render(CHAT), counts)
+    padded = torch.stack([torch.cat([views, slots])])
+    return padded, encode(processor.tokenizer, render(CHAT), counts)
 
 
 def enlarge(picture: Image.Image, processor: Phi3VProcessor) -> Image.Image:
@@ -171,7 +179,8 @@ def normalise(picture: Image.Image, processor: Phi3VProcessor) -> Tensor:
     mean, std = (
         torch.tensor(of)[:, None, None] for of in (processor.image_mean, processor.image_std)
     )
-    return values.to(torch.float32).div(255).sub_(mean).div_(std)
+    values = values.to(torch.float32).div(255)  # ToTensor
+    return values.clone().sub_(mean).div_(std)  # Normalize keeps what it is given
 
 
 def cut(values: Tensor, side: int) -> Tensor:
@@ -187,7 +196,7 @@ def check_published(file: Path, processor: Phi3VProcessor) -> None:
     values, ids = published(file, processor)
     with Image.open(file) as image:
         expected = processor(render(CHAT), image)
-    assert torch.equal(values, expected["pixel_values"][0])
+    assert torch.equal(values, expected["pixel_values"])
     assert ids == expected["input_ids"][0].tolist()
 
 
