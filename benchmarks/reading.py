@@ -12,7 +12,8 @@ mmap        ours through the memory map, copied
 np.load     one .npy file per sample, copied
 WebDataset  one tar of .npy files, copied; in its order, it has no other
 Array4D     a column of `datasets` in its numpy format (which widens to int64), copied
-as uint8    the same column, its format told that dtype=np.uint8
+as torch    the same column in its torch format
+as uint8    the same column in its numpy format, told that dtype=np.uint8
 """
 
 import argparse
@@ -64,11 +65,13 @@ def compare(folder: Path, samples: int, repeats: int) -> dict[str, Times]:
     buffer = np.zeros(SHAPE, np.uint8)
     column = array_column(folder / "datasets", arrays)
     wide, narrow = column.with_format("numpy"), column.with_format("numpy", dtype=np.uint8)
+    tensors = column.with_format("torch")
     reads = {
         "memcpy": copied(buffer, lambda index: arrays[index]),
         **ours(folder / "shards", arrays, buffer),
         "np.load": copied(buffer, numpy_files(folder / "npy", arrays)),
         "Array4D": copied(buffer, lambda index: wide[index]["pixels"]),
+        "as torch": copied(buffer, lambda index: tensors[index]["pixels"].numpy()),
         "as uint8": copied(buffer, lambda index: narrow[index]["pixels"]),
     }
     sides: dict[str, Callable[[], object]] = {

@@ -4,6 +4,7 @@ Rows are made into messages by templates (`columns`), or are chats already (chat
 the result is checked here.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def _text(values: Mapping[str, Any], column: str) -> str:
             f"column '{column}' is no text: a {type(value).__name__}; a list's first is "
             f"{{{column}[0]}}, a field {{{column}.name}}"
         )
+    if isinstance(value, float) and math.isinf(value):
+        raise SampleError(f"column '{column}' is not finite: {value}; leave it empty")
     return str(value)
 
 

@@ -13,7 +13,7 @@ orientation ignored (Pillow itself turns a TIFF, before anybody sees its size). 
 import base64
 import binascii
 import hashlib
-import os.path
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,6 +33,8 @@ from phi3v.prepare.web import has_image_signature, shown_url
 
 # Not EPS (starts Ghostscript), not WMF or FITS, none without a signature of its own (TGA, SPIDER).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+SIGNATURE_BYTES = 16
+STDERR = 2
 LONG = 300  # characters of a reference that are shown; it may be a whole image in base64
 SCHEME = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 INNER = ("bytes", "path", "url", "image_url")  # of a `datasets` Image, or of a chat's message
@@ -61,7 +63,7 @@ class Picture:
 
         Raises: SampleError if it is damaged.
         """
-        with _pillow(self.name), _open(self.data) as image:
+        with _pillow(self.name, self.data), _open(self.data) as image:
             image.load()
             picture = image if image.mode == "RGB" else image.convert("RGB")  # else a mere copy
         if picture.size != (self.width, self.height):
@@ -79,7 +81,7 @@ class Picture:
         returns  uint8 (side, side)
         Raises: SampleError if it is damaged.
         """
-        with _pillow(self.name), _open(self.data) as image:
+        with _pillow(self.name, self.data), _open(self.data) as image:
             drafted = image.draft("L", (side, side))
             box = drafted[1] if drafted else None  # of the smaller picture, without padding
             gray = image.convert("RGB").convert("L")
@@ -193,7 +195,7 @@ def _pillow(name: str, data: bytes = b"") -> Iterator[None]:
 
     Its warnings are of odd tags in files that it then reads, or raises an error for.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet(data):
         warnings.simplefilter("ignore")
         try:
             yield
@@ -203,6 +205,22 @@ def _pillow(name: str, data: bytes = b"") -> Iterator[None]:
         except Exception as error:  # seen: OSError, SyntaxError, ValueError, RuntimeError, KeyError
             what = str(error) or type(error).__name__
             raise SampleError(f"image cannot be read: {name}, {what}") from error
+
+
+@contextmanager
+def _quiet(data: bytes) -> Iterator[None]:
+    """Keep off stderr what libtiff writes there of a damaged TIFF, past Python and its warnings."""
+    if not data.startswith((b"II", b"MM")):
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(STDERR)
+        os.dup2(nowhere.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, STDERR)
+            os.close(stderr)
 
 
 def _inner(reference: Any) -> Any:
@@ -227,7 +245,9 @@ def _shortened(text: str) -> str:
 
 def _file(path: str, name: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            head = file.read(SIGNATURE_BYTES)  # not the 200 GB of an archive
+            return head + file.read() if has_image_signature(head) else head
     except OSError as error:
         raise SampleError(f"image cannot be read: {name}, {error.strerror}") from error
 

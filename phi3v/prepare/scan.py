@@ -25,6 +25,7 @@ from phi3v.prepare.split import split_key
 from phi3v.prepare.workers import Done
 from phi3v.processing import Phi3VProcessor
 
+LONGEST = 500  # characters of a reason
 PIXEL_BYTES, TOKEN_BYTES, SAMPLE_BYTES = 3, 8, 1000  # in a shard, about
 
 SCAN_SCHEMA = pa.schema(
@@ -141,8 +142,9 @@ def row_id(row: Row) -> str | None:
 
 
 def printable(text: str) -> str:
-    """A text that UTF-8 can hold: JSON may have given half of a surrogate pair."""
-    return text.encode(errors="backslashreplace").decode()
+    """A reason on one line that UTF-8 can hold, whatever a row has given for a name or a role."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: LONGEST + 1])
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def write_table(path: Any, table: pa.Table) -> None:

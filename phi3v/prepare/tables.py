@@ -94,7 +94,7 @@ def refusing(name: str, kind: str) -> Iterator[None]:
     """Say of which source it is that a file cannot be read."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise ConfigError(
             f"source.path {name} cannot be read as {kind}: {error}; write it again"
         ) from error
@@ -139,7 +139,9 @@ def _open_parquet(path: Path) -> TableRows:
 def _open_file(path: Path, state: dict[str, Any] | None) -> TableRows:
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     count = reader.num_record_batches
-    sizes = state["sizes"] if state else [_sound(reader.get_batch(k)).num_rows for k in range(count)]
+    sizes = (
+        state["sizes"] if state else [_sound(reader.get_batch(k)).num_rows for k in range(count)]
+    )
     return TableRows(str(path), ARROW, [path], sizes, lambda k: iter([_sound(reader.get_batch(k))]))
 
 

@@ -8,7 +8,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ MARK = 256  # rows from one marked place to the next
 BLOCK = 1 << 20  # bytes of a JSON list read at once
 FIELD_CHARS = 1 << 27  # of a CSV field, which may be a whole image in base64
 LOOKAHEAD = 16  # characters: none of JSON's words and numbers cut by a block's end shows further in
+DEEPEST = 100  # lists and objects in each other
+TOO_DEEP = "is not valid JSON: it is nested too deeply"
 WHITE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
 
@@ -187,13 +189,35 @@ def _line_row(number: int, line: bytes, _: Sequence[str]) -> Row:
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         return Row(number, fault=f"is not valid JSON: {error}")
     except RecursionError:
-        return Row(number, fault="is not valid JSON: it is nested too deeply")
+        return Row(number, fault=TOO_DEEP)
 
 
 def _object_row(number: int, values: Any, _: Sequence[str] = ()) -> Row:
+    if _is_too_deep(values):
+        return Row(number, fault=TOO_DEEP)
     if isinstance(values, dict):
         return Row(number, values)
     return Row(number, fault=f"is a {type(values).__name__}, not an object with named fields")
+
+
+def _is_too_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other more than DEEPEST times.
+
+    Where Python's parser gives up depends on its caller's stack: one worker might read what another
+    cannot.
+    """
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 class ListRecords:
@@ -263,6 +287,8 @@ class ListRecords:
                     continue
                 self.position = error.pos
                 self._refuse(error.msg)
+            except ValueError:
+                self._refuse("a number has too many digits")  # 4,300 are Python's limit
             except RecursionError:
                 self._refuse("a row is nested too deeply")
             if self._is_near_end(end) and self._read_on():

@@ -30,8 +30,9 @@ REDIRECTS = {301, 302, 303, 307, 308}
 OVERLOADED = {408, 425, 429}  # like 5xx, worth another try
 HEADERS = (("User-Agent", "phi3v dataset preparation"), ("Accept", "image/*"))
 QUOTED = "/%:@!$&'()*+,;=~?-._[]"  # stay as they are in a path or query
+HOST = re.compile(r"[\w.:%-]+", re.ASCII)
 SIGNATURES = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*|....ftypavi[fs]"
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM|II[*+]\0|MM\0[*+]|....ftyp(?:avi[fs]|m[is]f1)"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|P[1-7f]\s",
     re.DOTALL,
 )
@@ -154,6 +155,8 @@ def _request(url: str) -> tuple[httpcore.URL, list[tuple[str, str]]]:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("it is no http(s) address of a host")
     host = parts.hostname.encode("idna").decode()
+    if not HOST.fullmatch(host):
+        raise ValueError(f"'{host}' is no name of a host")
     name = f"[{host}]" if ":" in host else host
     headers = [*HEADERS, ("Host", name if parts.port is None else f"{name}:{parts.port}")]
     if parts.username is not None:

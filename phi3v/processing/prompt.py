@@ -101,7 +101,7 @@ def encode(
     """
     tags = _checked_tags(text, len(tokens_of_image))
     pieces = IMAGE_TAG.split(text)[::2]
-    encoded: list[list[int]] = tokenizer(pieces)["input_ids"]
+    encoded: list[list[int]] = tokenizer(pieces, verbose=False)["input_ids"]
     fills = [[-tag] * tokens_of_image[tag - 1] for tag in tags]
     return list(chain(*chain(*zip(encoded, [*fills, []], strict=True))))
 

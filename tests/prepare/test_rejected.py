@@ -46,7 +46,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (with_image("line.png"), "image is too narrow: 1x2000 pixels, nothing of the short side is"),
     (with_image("gone.png"), "image does not exist: ROOT/gone.png"),
     (with_image("."), "image does not exist: ROOT"),
-    (with_image("a\0b"), "image does not exist: ROOT/a\0b"),
+    (with_image("a\0b"), "image does not exist: ROOT/a\\x00b"),
     (with_image("x" * 5000), f"image does not exist: ROOT/{'x' * 300}..."),
     (with_image("s3://shop/a.png"), "image is at an address of another kind than http(s): s3://"),
     (
