@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from phi3v.config.schema import FetchSection
 from phi3v.errors import SampleError
@@ -334,7 +334,7 @@ def test_what_pillow_does_not_promise_to_raise_is_a_rejection_too(
         raise error
 
     picture = read(encode(noise()))
-    monkeypatch.setattr(Image.Image, "convert", fail)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(SampleError, match=f"image cannot be read: .* bytes, {error.__name__}"):
         picture.decode()
 
