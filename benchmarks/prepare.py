@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 from transformers import PreTrainedTokenizerFast
 
 from phi3v.config import DatasetConfig
-from phi3v.config.schema import SourceSection, SplitSection
+from phi3v.config.dataset import SourceSection, SplitSection
 from phi3v.geometry import hd_layout, image_tokens
 from phi3v.prepare import prepare
 from phi3v.processing import Phi3VProcessor

@@ -8,9 +8,10 @@ Imports neither torch nor DeepSpeed.
 """
 
 from phi3v.config.check import check
+from phi3v.config.dataset import DatasetConfig
 from phi3v.config.deepspeed import DeepSpeedConfig, default_deepspeed, load_deepspeed
 from phi3v.config.load import build_recipe, differing_keys, dump_yaml, load_recipe, to_dict
-from phi3v.config.schema import MODULES, DatasetConfig, EvaluationConfig, Module, RunConfig
+from phi3v.config.schema import MODULES, EvaluationConfig, Module, RunConfig
 
 __all__ = [
     "MODULES",

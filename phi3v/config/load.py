@@ -19,8 +19,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from phi3v.config.dataset import DatasetConfig
 from phi3v.config.names import nearest
-from phi3v.config.schema import DatasetConfig, EvaluationConfig, RunConfig
+from phi3v.config.schema import EvaluationConfig, RunConfig
 from phi3v.errors import ConfigError
 
 Recipe = TypeVar("Recipe", RunConfig, DatasetConfig, EvaluationConfig)

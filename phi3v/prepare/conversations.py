@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phi3v.config.schema import SourceSection
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError, SampleError
 from phi3v.prepare.chats import as_list, read_llava, read_messages
 from phi3v.prepare.rows import Row, is_empty

@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
-from phi3v.config.schema import FetchSection
+from phi3v.config.dataset import FetchSection
 from phi3v.errors import SampleError
 from phi3v.prepare.web import Client, shown_url
 

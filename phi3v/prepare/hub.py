@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from phi3v.config.schema import SourceSection
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import replacing, write_json
 from phi3v.prepare.tables import FEW, TableRows, open_streams

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.config import DatasetConfig
-from phi3v.config.schema import SourceSection
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import SampleError
 from phi3v.prepare.conversations import Conversation, read_conversation
 from phi3v.prepare.fetch import ImageCache

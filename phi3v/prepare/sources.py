@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3v.config.schema import SourceSection
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import sha256
 from phi3v.prepare.hub import hub_digest, is_hub_name, open_dataset

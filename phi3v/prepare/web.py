@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import httpcore
 
-from phi3v.config.schema import FetchSection
+from phi3v.config.dataset import FetchSection
 from phi3v.errors import SampleError
 from phi3v.prepare.network import Network, Refused, is_public
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.config.schema import PixelsSection
+from phi3v.config.dataset import PixelsSection
 from phi3v.data.codecs import NAMES, Codec, CodecName
 from phi3v.errors import ShardError
 

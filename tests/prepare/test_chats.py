@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from phi3v.config.schema import SourceSection
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError, SampleError
 from phi3v.prepare.conversations import check_columns, read_conversation
 from phi3v.prepare.rows import Row

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3v.config.schema import FetchSection
+from phi3v.config.dataset import FetchSection
 from phi3v.errors import SampleError
 from phi3v.prepare.fetch import ImageCache
 from phi3v.prepare.network import is_public

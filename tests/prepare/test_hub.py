@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from phi3v.config.schema import SourceSection
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.prepare import hub
 from phi3v.prepare.sources import Source, open_source, source_digest

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from phi3v.config.schema import FetchSection
+from phi3v.config.dataset import FetchSection
 from phi3v.errors import SampleError
 from phi3v.prepare.fetch import ImageCache
 from phi3v.prepare.images import FORMATS, ImageLoader, Picture

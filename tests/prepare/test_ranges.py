@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from phi3v.config.schema import SourceSection
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.prepare import text
 from phi3v.prepare.sources import Source, open_source

@@ -20,7 +20,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from phi3v.config import DatasetConfig, load_recipe
-from phi3v.config.schema import SourceSection
+from phi3v.config.dataset import SourceSection
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError, SampleError
 from phi3v.prepare import prepare, verify

@@ -1,0 +1,232 @@
+"""Every key of a dataset's recipe, with its type, default, unit and own checks.
+
+`DatasetConfig` is what `launch/prepare.py` reads; schema.py says how such classes are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from phi3v.config.values import above_zero, at_least, distinct, filled
+from phi3v.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSection:
+    path: str | tuple[str, ...]
+    """Raw rows: a file, a folder saved by `datasets`, or a hub dataset's name; or a list of them,
+    of which each is read as this section says."""
+
+    format: Literal["columns", "messages", "llava", "auto"] = "auto"
+    """columns: `user` and `assistant` below turn a row into one question and answer; messages:
+    rows hold messages and images; llava: rows hold conversations of human and gpt, and image;
+    auto: columns if those are given, else what the first row's names tell."""
+
+    image_root: str | None = None
+    """Folder where relative image paths start; default: the folder that holds `path`."""
+
+    user: str | None = None
+    """The question; {name} stands for a column, <|image_1|> for the first image. Columns only."""
+
+    assistant: str | None = None
+    """The answer to learn; {name} stands for a column. Columns only."""
+
+    images: tuple[str, ...] = ()
+    """Columns that hold a path, URL, base64, bytes, a datasets Image or a list of these, in order.
+    Columns only."""
+
+    num_crops: int | None = None
+    """Crops of one canvas at most, for this source; default: the recipe's."""
+
+    weight: float = 1.0
+    """How often a training row counts: 0.25 takes a quarter of the rows, 2 each row twice (stored
+    once)."""
+
+    max_rows: int | None = None
+    """Rows read at most, from the first on; default: all."""
+
+    config: str | None = None
+    """The configuration of a hub dataset that has several."""
+
+    split: str = "train"
+    """The split of a hub dataset, or of a folder that `datasets` saved with several."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; default: its main branch."""
+
+    streaming: bool = False
+    """Read a hub dataset row by row, up to `max_rows`, instead of downloading all of it first."""
+
+    def __post_init__(self) -> None:
+        filled(source__user=self.user, source__assistant=self.assistant, source__split=self.split)
+        if not self.paths:
+            raise ConfigError("source.path must name at least one file, folder or hub dataset")
+        for path in self.paths:
+            filled(source__path=path)
+        distinct(source__path=self.paths, source__images=self.images)
+        at_least(1, source__num_crops=self.num_crops, source__max_rows=self.max_rows)
+        above_zero("to leave a source out, remove it", source__weight=self.weight)
+        if self.format in ("messages", "llava"):
+            self._refuse_columns()
+        elif self.format == "columns" or self._has_columns():
+            self._require_template()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The path, or all of the list."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    def _has_columns(self) -> bool:
+        return bool(self.user or self.assistant or self.images)
+
+    def _refuse_columns(self) -> None:
+        for name in ("user", "assistant", "images"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"source.{name} has no meaning with source.format '{self.format}', got "
+                    f"{getattr(self, name)!r}; remove it, or use format 'columns'"
+                )
+
+    def _require_template(self) -> None:
+        for name in ("user", "assistant"):
+            if getattr(self, name) is None:
+                raise ConfigError(
+                    f"source.{name} is needed to turn columns into messages, got nothing; write "
+                    f"its text with {{column}} names (source.format is {self.format!r})"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSection:
+    validation: float = 0.0
+    """Share of the rows held out, from 0 to below 1."""
+
+    by: str | None = None
+    """Column whose equal values stay on one side of the split; default: each row for itself."""
+
+    stratify: str | None = None
+    """Column of whose every value the same share is held out; default: a share of all rows."""
+
+    near_duplicates: Literal["together", "ignore"] = "together"
+    """together: rows whose images look alike stay on one side of the split."""
+
+    seed: int = 0
+    """Decides which rows are held out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ConfigError(
+                f"split.validation must be a share from 0 to below 1, got {self.validation!r}"
+            )
+        filled(split__by=self.by, split__stratify=self.stratify)
+        at_least(0, split__seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelsSection:
+    codec: Literal["raw", "zstd", "png", "jpeg"] = "raw"
+    """How canvases are stored. raw: as they are, the fastest to read; zstd, png: smaller, exact;
+    jpeg: the smallest, and lossy."""
+
+    quality: int = 95
+    """Quality of jpeg, 1 to 100; chroma is kept at full resolution."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"pixels.quality must be 1 to 100, got {self.quality!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchSection:
+    cache: str | None = None
+    """Folder where fetched images are kept, by content; default: `fetched` beside `out`."""
+
+    concurrency: int = 16
+    """Requests at once, in each worker process."""
+
+    timeout: float = 20.0
+    """Seconds that one try of an image may take, from the connection to the last byte."""
+
+    retries: int = 3
+    """Further tries of an image whose host is slow, broken or overloaded."""
+
+    max_bytes: int = 67108864
+    """Bytes of one image file at most; default 64 MiB."""
+
+    allow_private: bool = False
+    """Whether addresses of the machine itself and of private networks may be fetched from."""
+
+    def __post_init__(self) -> None:
+        filled(fetch__cache=self.cache)
+        at_least(1, fetch__concurrency=self.concurrency, fetch__max_bytes=self.max_bytes)
+        at_least(0, fetch__retries=self.retries)
+        above_zero("write seconds", fetch__timeout=self.timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One dataset: raw rows, and the shards that are made of them."""
+
+    source: SourceSection | tuple[SourceSection, ...]
+    """Where the rows are and what they look like; or a list of such sections."""
+
+    model: str
+    """Folder or hub name of the model to be trained; its weights are not needed."""
+
+    out: str
+    """Dataset folder to write."""
+
+    num_crops: int | None = None
+    """Crops of one canvas at most; default: the model's own."""
+
+    never_upscale: bool = False
+    """Whether a picture gets no more crops along its long side than its own pixels need, rounded
+    up; the published transform enlarges every picture to the crop limit."""
+
+    max_pixels: int = 100_000_000
+    """Pixels (width x height) of a picture at most; larger ones are rejected undecoded."""
+
+    split: SplitSection = SplitSection()
+    """What is held out."""
+
+    max_tokens: int | None = None
+    """Tokens of one sample at most, longer ones are rejected; default: no limit."""
+
+    max_rejected: float = 0.05
+    """Share of rejected rows, from 0 to 1, above which nothing is published."""
+
+    pixels: PixelsSection = PixelsSection()
+    """How canvases are stored."""
+
+    shard_bytes: int = 268435456
+    """Size in bytes at which a shard is closed and the next one begun; default 256 MiB."""
+
+    fetch: FetchSection = FetchSection()
+    """How images at http(s) addresses are fetched."""
+
+    workers: int | None = None
+    """Worker processes; the result does not depend on it. Default: the CPUs of this process."""
+
+    def __post_init__(self) -> None:
+        filled(model=self.model, out=self.out)
+        at_least(
+            1,
+            num_crops=self.num_crops,
+            max_tokens=self.max_tokens,
+            max_pixels=self.max_pixels,
+            shard_bytes=self.shard_bytes,
+            workers=self.workers,
+        )
+        if not self.sources:
+            raise ConfigError("source must hold at least one section, got an empty list")
+        if not 0 <= self.max_rejected <= 1:
+            raise ConfigError(
+                f"max_rejected must be a share from 0 to 1, got {self.max_rejected!r}"
+            )
+
+    @property
+    def sources(self) -> tuple[SourceSection, ...]:
+        """The section, or all of the list, one for each path."""
+        sections = (self.source,) if isinstance(self.source, SourceSection) else self.source
+        return tuple(replace(section, path=path) for section in sections for path in section.paths)
