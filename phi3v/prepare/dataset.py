@@ -73,6 +73,8 @@ def prepare(cfg: DatasetConfig, say: Say = print) -> dict[str, Any]:
     if manifest := _existing(cfg):
         return manifest
     with _work_folder(cfg, is_shared=False) as work:
+        if manifest := _unnamed(cfg, work):
+            return _give_name(cfg, work, manifest)
         recipe, different = begin(cfg, work)
         if different:
             start_afresh(recipe, work)
@@ -108,6 +110,8 @@ def merge(cfg: DatasetConfig, say: Say = print) -> dict[str, Any] | None:
     if manifest := _existing(cfg):
         return manifest
     with _work_folder(cfg, is_shared=False) as work:
+        if manifest := _unnamed(cfg, work):
+            return _give_name(cfg, work, manifest)
         recipe = _same_recipe(cfg, work)
         plan = work.read_plan(recipe)
         if plan is None:
@@ -229,8 +233,19 @@ def _samples(work: WorkFolder, shards: Sequence[Shard]) -> int:
 
 
 def _publish(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> dict[str, Any]:
-    manifest = write_manifest(cfg, plan, work, _planned(work))
-    clear(work)
+    return _give_name(cfg, work, write_manifest(cfg, plan, work, _planned(work)))
+
+
+def _unnamed(cfg: DatasetConfig, work: WorkFolder) -> dict[str, Any] | None:
+    """The manifest of this recipe's dataset, where a kill came between it and its name."""
+    if work.recipe.is_file() or not (work.path / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(work.path)
+    return None if differing_keys(manifest["recipe"], resolved_recipe(cfg)) else manifest
+
+
+def _give_name(cfg: DatasetConfig, work: WorkFolder, manifest: dict[str, Any]) -> dict[str, Any]:
+    clear(work, manifest)
     out = Path(cfg.out).absolute()
     publish(work.path, out)
     (out / work.lock.name).unlink()

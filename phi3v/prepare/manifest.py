@@ -58,21 +58,21 @@ def write_manifest(
     return manifest
 
 
-def clear(work: WorkFolder) -> None:
-    """Remove all but the dataset; a kill in between is gone on with, for the recipe goes last."""
-    for path in (work.scans, work.written, work.spools):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in work.path.glob(".*.tmp"):  # a killed process's
+def clear(work: WorkFolder, manifest: dict[str, Any]) -> None:
+    """Remove all but the dataset, shards of an earlier plan included.
+
+    The recipe goes first: a folder with a manifest and without one has only this and its name to
+    come.
+    """
+    work.recipe.unlink(missing_ok=True)
+    for folder in (work.scans, work.written, work.spools):
+        shutil.rmtree(folder, ignore_errors=True)
+    splits = manifest["splits"].values()
+    listed = {file["file"] for split in splits for file in (*split["shards"], split["index"])}
+    strays = [path for path in work.path.glob("*.arrow") if path.name not in listed]
+    for path in (*strays, *work.path.glob(".*.tmp")):  # the latter are a killed process's
         path.unlink()
-    for path in (
-        work.rows,
-        work.shards,
-        work.report,
-        work.plan_lock,
-        work.plan,
-        work.digests,
-        work.recipe,
-    ):
+    for path in (work.rows, work.shards, work.report, work.plan, work.digests, work.plan_lock):
         path.unlink(missing_ok=True)
 
 

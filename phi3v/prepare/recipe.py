@@ -72,7 +72,9 @@ def begin(cfg: DatasetConfig, work: WorkFolder) -> tuple[dict[str, Any], list[st
         recipe = resolved_recipe(cfg, work.digests)
         before = work.read_recipe()
         different = _differing(before, recipe) if before else []
-        if not different:
+        if before is None:
+            start_afresh(recipe, work)  # whatever lies there is of nobody knows what
+        elif not different:
             write_json(work.recipe, recipe)
         return recipe, different
 

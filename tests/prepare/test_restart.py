@@ -18,7 +18,7 @@ from PIL import Image
 from phi3v.config import DatasetConfig
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError
-from phi3v.prepare import Part, merge, prepare, prepare_part
+from phi3v.prepare import Part, dataset, merge, prepare, prepare_part
 from phi3v.prepare.lock import locked
 from tests.commands import LAUNCH, run, start
 from tests.tiny import recipe, turn, write_jsonl, write_picture
@@ -179,6 +179,22 @@ def test_work_on_another_recipe_is_started_afresh_and_never_mixed(
     assert max(Dataset(tmp_path / "out", "train").views) == 5
 
 
+def test_files_that_nothing_lists_are_not_published(
+    rows: Path, tiny_model: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Of work whose recipe is not there any more, of an earlier plan, of a killed process."""
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "manifest.json").write_text('{"format_version": 2, "recipe": {"num_crops": 9}}')
+    (partial / "train-99998.arrow").touch()
+    cfg = config(rows, tiny_model, tmp_path / "out")
+    prepare_part(cfg, Part(1, 2))
+    (partial / "train-99999.arrow").touch()
+    (partial / ".train-00000.arrow.1.tmp").touch()
+    prepare(cfg)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
 def test_after_too_many_rejections_mended_rows_are_looked_at_again(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +247,25 @@ def test_a_picture_that_changes_between_the_passes_is_rejected(
 
 
 # Kills
+
+
+def test_a_kill_before_the_folder_has_its_name_costs_nothing(
+    rows: Path, tiny_model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(rows, tiny_model, tmp_path / "out")
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(cfg)
+    kept = {path.stem for path in (tmp_path / ".out.partial").glob("*.arrow")}
+    before = written(tmp_path / ".out.partial", kept)
+    assert prepare(cfg) == json.loads((whole / "manifest.json").read_text())
+    assert written(tmp_path / "out", kept) == before
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
