@@ -158,6 +158,7 @@ def photo(seed: int) -> Image.Image:
     return Image.fromarray(patches).resize((480, 360), Image.Resampling.BICUBIC)
 
 
+@pytest.mark.slow
 def test_rows_with_the_same_picture_in_other_clothes_stay_on_one_side(
     tmp_path: Path, tiny_model: Path
 ) -> None:

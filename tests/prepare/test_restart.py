@@ -88,6 +88,7 @@ def test_samples_stand_in_the_order_of_their_rows(whole: Path) -> None:
         assert numbers == sorted(numbers)
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_byte(
     rows: Path, tiny_model: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_workers_do_not_change_a_byte(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_parts_do_not_change_a_byte(
     rows: Path, tiny_model: Path, whole: Path, tmp_path: Path, count: int
