@@ -17,9 +17,8 @@ from phi3v.view import Wishes, write_view
 
 def main() -> None:
     arguments = parse()
-    torch.set_num_threads(
-        1
-    )  # small pictures: threads wait for each other, 6x as long on busy cores
+    # Small pictures: threads would wait for each other, 6x as long on busy cores.
+    torch.set_num_threads(1)
     wishes = Wishes(
         rows=arguments.rows,
         ids=tuple(arguments.ids),

@@ -198,7 +198,7 @@ def _unknown_key(name: str, prefix: str, names: list[str], origin: _Origin) -> C
 def _value_keys(cls: type, prefix: str) -> Iterator[str]:
     """List the full keys of all values, not of sections."""
     for name, kind in get_type_hints(cls).items():
-        kind = get_args(kind)[0] if is_one_or_many(kind) else kind
+        kind = get_args(kind)[0] if _is_one_or_many(kind) else kind
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _value_keys(kind, f"{prefix}{name}.")
         else:
@@ -210,7 +210,7 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
     options = get_args(kind)
     if is_dataclass(kind):
         return _cast_section(value, kind, key, origin)
-    if is_one_or_many(kind):
+    if _is_one_or_many(kind):
         one, many = options
         return _cast(value, many if isinstance(value, list) else one, key, origin)
     if NoneType in options:
@@ -227,7 +227,7 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
     return value
 
 
-def is_one_or_many(kind: Any) -> bool:
+def _is_one_or_many(kind: Any) -> bool:
     """Whether a schema's type is `X | tuple[X, ...]`: one value or a list."""
     options = get_args(kind)
     return len(options) == 2 and get_args(options[1]) == (options[0], Ellipsis)

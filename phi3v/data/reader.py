@@ -165,9 +165,8 @@ class Dataset:
         return self._map(self._shard_path(index)).slice(start, size)
 
     def _fetched(self, index: int, memory: memoryview) -> pa.Buffer:
-        file = self._open(
-            self._shard_path(index)
-        )  # held: another thread may drop it from the cache
+        # Held here, for another thread may drop it from the cache.
+        file = self._open(self._shard_path(index))
         start, done = int(self._offset[index]), 0
         while done < len(memory):
             count = os.preadv(file.handle, [memory[done:]], start + done)

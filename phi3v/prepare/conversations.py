@@ -6,7 +6,7 @@ the result is checked here.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def is_columns(source: SourceSection) -> bool:
     return source.format == "columns" or (source.format == "auto" and source.user is not None)
 
 
-def check_columns(source: SourceSection, by: str | None, values: Mapping[str, Any]) -> None:
+def check_columns(source: SourceSection, by: str | None, columns: Collection[str]) -> None:
     """Refuse a source whose rows lack a column that the recipe names.
 
     Raises: ConfigError naming the column and those there are.
@@ -52,15 +52,15 @@ def check_columns(source: SourceSection, by: str | None, values: Mapping[str, An
         needed = dict.fromkeys(needed_columns(source), name_these)
     elif source.format == "auto":
         hint = "set source.user and source.assistant to make messages of these"
-        needed = {_chat_column(source, values): hint}
+        needed = {_chat_column(source, columns): hint}
     else:
-        needed = {_chat_column(source, values): "set source.format to what its rows hold"}
-    lacking = [(name, hint) for name, hint in needed.items() if _head(name, values) not in values]
-    if by is not None and by not in values:
+        needed = {_chat_column(source, columns): "set source.format to what its rows hold"}
+    lacking = [(name, hint) for name, hint in needed.items() if _head(name, columns) not in columns]
+    if by is not None and by not in columns:
         lacking.append((by, name_these))
     for column, hint in lacking[:1]:
         raise ConfigError(
-            f"source.path {source.path} has no column '{column}', it has: {', '.join(values)}; "
+            f"source.path {source.path} has no column '{column}', it has: {', '.join(columns)}; "
             f"{hint}"
         )
 
@@ -94,8 +94,8 @@ def _read_chat(values: Mapping[str, Any], source: SourceSection) -> tuple[list[M
     return read_messages(values)
 
 
-def _chat_column(source: SourceSection, values: Mapping[str, Any]) -> str:
-    is_llava = "conversations" in values and "messages" not in values
+def _chat_column(source: SourceSection, columns: Collection[str]) -> str:
+    is_llava = "conversations" in columns and "messages" not in columns
     if source.format == "llava" or (source.format == "auto" and is_llava):
         return "conversations"
     return "messages"
@@ -139,9 +139,9 @@ def _find(values: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def _head(column: str, values: Mapping[str, Any]) -> str:
+def _head(column: str, columns: Collection[str]) -> str:
     """The column that {answers[0]} or {query.en} starts from; any name, if there is one of it."""
-    nested = None if column in values else NESTED.fullmatch(column)
+    nested = None if column in columns else NESTED.fullmatch(column)
     return nested[1] if nested else column
 
 

@@ -28,7 +28,7 @@ from phi3v.prepare.inputs import open_inputs
 from phi3v.prepare.joining import join_scans
 from phi3v.prepare.lock import locked
 from phi3v.prepare.manifest import clear, write_manifest
-from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder
+from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, times_in
 from phi3v.prepare.recipe import begin, make_plan, resolved_recipe, start_afresh
 from phi3v.prepare.scan import scan_chunk
 from phi3v.prepare.sources import check_source
@@ -228,8 +228,7 @@ def _write(cfg: DatasetConfig, plan: Plan, work: WorkFolder, part: Part) -> None
 def _samples(work: WorkFolder, shards: Sequence[Shard]) -> int:
     """Rows that these shards will take."""
     take = np.load(work.rows, mmap_mode="r")["take"]
-    signs = {"train": 1, "validation": -1}
-    return sum(int((take[s.start : s.stop] * signs[s.split] > 0).sum()) for s in shards)
+    return sum(int((times_in(s.split, take[s.start : s.stop]) > 0).sum()) for s in shards)
 
 
 def _publish(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> dict[str, Any]:

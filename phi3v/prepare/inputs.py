@@ -1,9 +1,10 @@
 """What a worker needs to turn rows into samples: sources, images, tokenizer, opened once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from phi3v.config import DatasetConfig
 from phi3v.config.dataset import SourceSection
@@ -42,8 +43,8 @@ class Inputs:
     work: WorkFolder
     parts: tuple[Input, ...]
 
-    def conversations(self, chunk: Chunk, wanted: Sequence[Any]) -> Iterator[Item]:
-        """The rows of a chunk for which `wanted` (one per row) is true.
+    def conversations(self, chunk: Chunk, wanted: np.ndarray) -> Iterator[Item]:
+        """The rows of a chunk for which `wanted`, bool (rows,), is true.
 
         What stands at http(s) addresses is fetched for many rows at once.
         """

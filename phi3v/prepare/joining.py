@@ -13,14 +13,8 @@ import pyarrow.compute as pc
 
 from phi3v.config import DatasetConfig
 from phi3v.files import replacing, write_json
-from phi3v.prepare.plan import ROW, Chunk, Plan, Shard, WorkFolder, plan_shards
+from phi3v.prepare.plan import ROW, Plan, Shard, WorkFolder, plan_shards, read_table
 from phi3v.prepare.split import RowImages, Sides, choose_sides
-
-
-def read_table(work: WorkFolder, chunk: Chunk) -> pa.Table:
-    """What the scan has found of a chunk."""
-    with pa.memory_map(str(work.scan(chunk))) as file, pa.ipc.open_stream(file) as stream:
-        return stream.read_all()
 
 
 def join_scans(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> list[Shard]:
@@ -28,7 +22,7 @@ def join_scans(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> list[Shard]:
 
     Shards that were written after an earlier scan stay if nothing about them has changed.
     """
-    table = pa.concat_tables([read_table(work, chunk) for chunk in plan.chunks])
+    table = pa.concat_tables([read_table(work.scan(chunk)) for chunk in plan.chunks])
     take = _numbers(table, "take")
     usable = np.flatnonzero(take)
     sides = _sides(cfg, table.select(["key", "stratum", "digests", "hashes"]).take(usable))

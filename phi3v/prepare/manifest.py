@@ -6,8 +6,6 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-
 from phi3v.config import DatasetConfig
 from phi3v.data.audit import merge
 from phi3v.data.codecs import Codec
@@ -17,7 +15,7 @@ from phi3v.errors import ConfigError
 from phi3v.files import write_json
 from phi3v.prepare import rejections
 from phi3v.prepare.inputs import open_processor
-from phi3v.prepare.plan import Plan, Shard, WorkFolder
+from phi3v.prepare.plan import Plan, Shard, WorkFolder, read_table
 
 
 def write_manifest(
@@ -85,14 +83,9 @@ def _finish_split(work: WorkFolder, split: str, shards: Sequence[Shard]) -> dict
     mine = [shard for shard in shards if shard.split == split]
     entries = [json.loads(work.entry(shard).read_text(encoding="utf-8")) for shard in mine]
     there = [shard for shard, entry in zip(mine, entries, strict=True) if entry["shard"]]
-    tables = (_index(work, shard) for shard in there)
+    tables = (read_table(work.index(shard)) for shard in there)
     result = finish_split(work.path, split, [e["shard"] for e in entries if e["shard"]], tables)
     return result | {"audit": merge([entry["audit"] for entry in entries])}
-
-
-def _index(work: WorkFolder, shard: Shard) -> pa.Table:
-    with pa.memory_map(str(work.index(shard))) as file, pa.ipc.open_stream(file) as stream:
-        return stream.read_all()
 
 
 def _refuse_empty(

@@ -19,11 +19,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import pyarrow as pa
 
-from phi3v.files import write_json
+from phi3v.files import replacing, write_json
 
 CHUNK = 256  # rows of one unit of the scan
 ROW = np.dtype([("take", np.int16), ("tokens", np.int32)])
@@ -194,6 +195,24 @@ class WorkFolder:
         write_json(self.shards, [vars(shard) for shard in shards])
 
 
+def times_in(split: Split, take: np.ndarray) -> np.ndarray:
+    """How often a split lists each row; `take` as in ROW, and not above 0 where it does not."""
+    return take if split == "train" else -take
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read an Arrow stream of the work folder."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        return stream.read_all()
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow stream atomically."""
+    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+
+
 def plan_shards(take: np.ndarray, sizes: np.ndarray, shard_bytes: int) -> list[Shard]:
     """Cut the rows of each split into shards of about `shard_bytes`.
 
@@ -203,14 +222,14 @@ def plan_shards(take: np.ndarray, sizes: np.ndarray, shard_bytes: int) -> list[S
     A shard is closed by the row with which it reaches its size.
     """
     shards: list[Shard] = []
-    for split, chosen in (("train", take > 0), ("validation", take < 0)):
-        rows = np.flatnonzero(chosen)
+    for split in get_args(Split):
+        rows = np.flatnonzero(times_in(split, take) > 0)
         ends = np.cumsum(sizes[rows])
         start = number = 0
         while start < len(rows):
             before = int(ends[start - 1]) if start else 0
             stop = int(np.searchsorted(ends, before + shard_bytes)) + 1
             last = int(rows[min(stop, len(rows)) - 1])
-            shards.append(Shard(split, number, int(rows[start]), last + 1))  # type: ignore[arg-type]
+            shards.append(Shard(split, number, int(rows[start]), last + 1))
             start, number = stop, number + 1
     return shards

@@ -115,8 +115,8 @@ def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
     source = open_source(section, work.spool(number))
     if not source.num_rows:
         raise ConfigError(f"source.path {source.path} holds no rows; check the file")
-    row = next((r for r in source.read(0, source.num_rows) if not r.fault), None)
-    if row is not None:
+    columns = source.columns
+    if columns is not None:
         for column in (cfg.split.by, cfg.split.stratify):
-            check_columns(section, column, row.values)
+            check_columns(section, column, columns)
     return source

@@ -11,8 +11,7 @@ from phi3v.config import DatasetConfig
 from phi3v.data.format import REJECTED
 from phi3v.errors import ConfigError
 from phi3v.files import replacing
-from phi3v.prepare.joining import read_table
-from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder
+from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, read_table
 
 SHOWN_REASONS = 3
 
@@ -29,7 +28,7 @@ class Rejection:
 def in_scan(plan: Plan, work: WorkFolder, chunks: Sequence[Chunk]) -> Iterator[Rejection]:
     """What the scan has rejected of these chunks."""
     for chunk in chunks:
-        table = read_table(work, chunk).select(["id", "reason"])
+        table = read_table(work.scan(chunk)).select(["id", "reason"])
         if table["reason"].null_count == len(table):
             continue
         first = plan.first_rows[chunk.source] + chunk.start

@@ -5,23 +5,22 @@ of the split its key chooses, what its images look like. The tables of all chunk
 split and the shards; nothing else of the first pass is kept (fetched images are, in their cache).
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from phi3v.errors import SampleError
-from phi3v.files import replacing
 from phi3v.geometry import hd_layout, image_tokens
 from phi3v.prepare.conversations import Conversation
 from phi3v.prepare.duplicates import THUMBNAIL, WORDS, perceptual_hash
 from phi3v.prepare.images import Picture
 from phi3v.prepare.inputs import Input, Inputs
-from phi3v.prepare.plan import Chunk
+from phi3v.prepare.plan import Chunk, write_table
 from phi3v.prepare.rows import Row, is_empty
-from phi3v.prepare.split import split_key
+from phi3v.prepare.split import hash64, split_key
 from phi3v.prepare.workers import Done
 from phi3v.processing import Phi3VProcessor
 
@@ -49,7 +48,7 @@ def scan_chunk(inputs: Inputs, chunk: Chunk) -> Done:
     """Write the table of a chunk of rows."""
     part = inputs.parts[chunk.source]
     records, images, read = [], 0, 0
-    wanted = [True] * (chunk.stop - chunk.start)
+    wanted = np.ones(chunk.stop - chunk.start, dtype=bool)
     for row, conversation in inputs.conversations(chunk, wanted):
         record = {"row": row.number, "id": row_id(row)}
         try:
@@ -106,9 +105,7 @@ def _times(weight: float, name: str, seed: int) -> int:
 
     A hash of the row's id decides, so that it does not depend on the other rows.
     """
-    digest = hashlib.sha256(f"weight:{seed}:{name}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    return int(weight) + (share < weight % 1)
+    return int(weight) + (hash64(f"weight:{seed}:{name}") / 2**64 < weight % 1)
 
 
 def _column(values: Mapping[str, Any], name: str | None, purpose: str) -> str | None:
@@ -121,10 +118,7 @@ def _column(values: Mapping[str, Any], name: str | None, purpose: str) -> str | 
 
 def canvas_bytes(processor: Phi3VProcessor, width: int, height: int) -> int:
     """Bytes of the canvas of a picture of width x height pixels."""
-    layout = hd_layout(
-        width, height, processor.num_crops, processor.crop_size, processor.never_upscale
-    )
-    return PIXEL_BYTES * layout.grid.crops * processor.crop_size**2
+    return PIXEL_BYTES * processor.layout(width, height).grid.crops * processor.crop_size**2
 
 
 def _saved(
@@ -145,10 +139,3 @@ def printable(text: str) -> str:
     """A reason on one line that UTF-8 can hold, whatever a row has given for a name or a role."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: LONGEST + 1])
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
-
-
-def write_table(path: Any, table: pa.Table) -> None:
-    """Write an Arrow stream atomically."""
-    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        with pa.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table)

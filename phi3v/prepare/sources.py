@@ -57,10 +57,6 @@ class Source:
         """
         return self.rows.read(start, min(stop, self.num_rows))
 
-    def digest(self) -> str:
-        """What the rows are now, in hexadecimal."""
-        return source_digest(self.section)
-
     def state(self) -> dict[str, Any]:
         """What `open_source` needs, as JSON, to open the source again at once."""
         return self.rows.state()

@@ -49,7 +49,12 @@ class Sides:
 
 def split_key(seed: int, key: str) -> int:
     """Hash a key to 0 ... 2**64 - 1; the same for ever, for it decides who is held out."""
-    digest = hashlib.sha256(f"{seed}:{key}".encode(errors="surrogatepass")).digest()
+    return hash64(f"{seed}:{key}")
+
+
+def hash64(text: str) -> int:
+    """The first 8 bytes of a text's SHA-256 as a number."""
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
 
 

@@ -16,9 +16,9 @@ from phi3v.errors import SampleError
 from phi3v.files import write_json
 from phi3v.prepare.conversations import Conversation
 from phi3v.prepare.inputs import Input, Inputs
-from phi3v.prepare.plan import Shard
+from phi3v.prepare.plan import Shard, times_in, write_table
 from phi3v.prepare.rows import Row
-from phi3v.prepare.scan import printable, row_id, write_table
+from phi3v.prepare.scan import printable, row_id
 from phi3v.prepare.workers import Done
 from phi3v.sample import Sample
 
@@ -56,7 +56,7 @@ def _samples(inputs: Inputs, shard: Shard) -> Iterator[tuple[int, Row, Sample | 
     for chunk in inputs.plan.parts(shard.start, shard.stop):
         first = inputs.plan.first_rows[chunk.source]
         rows = known[first + chunk.start : first + chunk.stop]
-        times = rows["take"] if shard.split == "train" else -rows["take"]
+        times = times_in(shard.split, rows["take"])
         part = inputs.parts[chunk.source]
         for row, conversation in inputs.conversations(chunk, times > 0):
             index = row.number - chunk.start

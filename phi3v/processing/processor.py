@@ -14,7 +14,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
 from phi3v.errors import ConfigError
-from phi3v.geometry import grid_of, hd_layout, image_tokens
+from phi3v.geometry import Layout, grid_of, hd_layout, image_tokens
 from phi3v.processing.images import hd_canvas, pixel_values
 from phi3v.processing.prompt import encode
 from phi3v.views import ViewSettings
@@ -111,6 +111,10 @@ class Phi3VProcessor:
         """The HD transform of a picture: uint8 (height, width, 3)."""
         return hd_canvas(image, self.num_crops, self.crop_size, self.never_upscale)
 
+    def layout(self, width: int, height: int) -> Layout:
+        """What the HD transform does to a picture of width x height pixels."""
+        return hd_layout(width, height, self.num_crops, self.crop_size, self.never_upscale)
+
     def canvas_tokens(self, canvas: np.ndarray) -> int:
         """Sequence positions that a canvas fills."""
         return image_tokens(grid_of(canvas.shape[0], canvas.shape[1], self.crop_size), self.side)
@@ -132,8 +136,7 @@ class Phi3VProcessor:
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
         """Sequence positions of a picture of width x height pixels; a published name."""
-        layout = hd_layout(width, height, self.num_crops, self.crop_size, self.never_upscale)
-        return image_tokens(layout.grid, self.side)
+        return image_tokens(self.layout(width, height).grid, self.side)
 
     def count_tokens(self, text: str, sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of a rendered chat from its pictures' (width, height) alone, none decoded.
