@@ -18,6 +18,7 @@ def check(cfg: RunConfig, ds: DeepSpeedConfig) -> None:
     Raises: ConfigError naming the keys and both values.
     """
     _check_freeze(cfg)
+    _check_offload(cfg)
     _check_decay(cfg, ds)
 
 
@@ -34,6 +35,16 @@ def _check_freeze(cfg: RunConfig) -> None:
             raise ConfigError(
                 f"optim.{field} is {rate} but model.freeze holds {module!r}; remove one of the two"
             )
+
+
+def _check_offload(cfg: RunConfig) -> None:
+    model = cfg.model
+    if model.offload_activations and "full" not in (model.checkpointing, model.tower_checkpointing):
+        raise ConfigError(
+            "model.offload_activations is true, but checkpointing is "
+            f"{model.checkpointing!r} and that of the tower {model.tower_checkpointing!r}; only "
+            "full checkpointing keeps what can wait in the host's memory, so set it to full"
+        )
 
 
 def _check_decay(cfg: RunConfig, ds: DeepSpeedConfig) -> None:

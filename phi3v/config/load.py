@@ -198,7 +198,7 @@ def _unknown_key(name: str, prefix: str, names: list[str], origin: _Origin) -> C
 def _value_keys(cls: type, prefix: str) -> Iterator[str]:
     """List the full keys of all values, not of sections."""
     for name, kind in get_type_hints(cls).items():
-        kind = get_args(kind)[0] if _is_one_or_many(kind) else kind
+        kind = get_args(get_args(kind)[1])[0] if _is_one_or_many(kind) else kind
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _value_keys(kind, f"{prefix}{name}.")
         else:
@@ -228,9 +228,9 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
 
 
 def _is_one_or_many(kind: Any) -> bool:
-    """Whether a schema's type is `X | tuple[X, ...]`: one value or a list."""
+    """Whether a schema's type is `X | tuple[Y, ...]`: one value or a list."""
     options = get_args(kind)
-    return len(options) == 2 and get_args(options[1]) == (options[0], Ellipsis)
+    return len(options) == 2 and get_args(options[1])[1:] == (Ellipsis,)
 
 
 def _cast_section(value: Any, kind: Any, key: str, origin: _Origin) -> Any:

@@ -21,6 +21,9 @@ Module = Literal["vision", "projector", "language", "embeddings", "head"]
 
 MODULES: tuple[Module, ...] = get_args(Module)
 
+Checkpointing = Literal["none", "selective", "full"]
+"""How much of a layer is computed a second time to save memory."""
+
 LR_FIELDS: dict[Module, str] = {
     "vision": "vision_lr",
     "projector": "projector_lr",
@@ -49,11 +52,28 @@ class ModelSection:
     path: str
     """Hugging Face folder or hub name to start from."""
 
-    attention: Literal["auto", "sdpa"] = "auto"
-    """auto: the fastest kernel present; sdpa: torch's own, one call per segment."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """flash: the flash-attn package; varlen: torch's variable-length flash attention; sdpa: torch's
+    scaled_dot_product_attention, one call per segment; auto: the first of these that runs here."""
 
-    checkpointing: Literal["none", "full"] = "none"
-    """full: recompute each layer in the backward pass; less memory, about a third more compute."""
+    kernels: Literal["auto", "compiled", "eager"] = "auto"
+    """compiled: the element-wise parts of a layer run as kernels fused by torch.compile; eager: one
+    operation after another; auto: compiled on CUDA."""
+
+    loss: Literal["auto", "liger", "chunked"] = "auto"
+    """How logits are avoided. liger: Liger's fused kernel (CUDA); chunked: a thousand tokens at a
+    time; auto: liger where it is installed and runs."""
+
+    checkpointing: Checkpointing = "none"
+    """What of each layer is computed again in the backward pass. none: nothing; selective: all but
+    matrix products and attention, for half the memory; full: the layer, for the least memory and
+    about a third more compute."""
+
+    vision_checkpointing: Checkpointing | None = None
+    """The same for the vision tower's layers; default: as `checkpointing`."""
+
+    offload_activations: bool = False
+    """Whether what full checkpointing keeps, each layer's input, waits in the host's memory."""
 
     freeze: tuple[Module, ...] = ()
     """Modules whose parameters stay as they are."""
@@ -62,11 +82,59 @@ class ModelSection:
         filled(model__path=self.path)
         distinct(model__freeze=self.freeze)
 
+    @property
+    def tower_checkpointing(self) -> Checkpointing:
+        """What of the vision tower's layers is computed again."""
+        return self.vision_checkpointing or self.checkpointing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsSection:
+    path: str
+    """Dataset folder that `launch/prepare.py` wrote."""
+
+    weight: float = 1.0
+    """How often an epoch holds each of its samples: 2 each twice, 0.25 a quarter of them, another
+    quarter in the next epoch."""
+
+    def __post_init__(self) -> None:
+        filled(data__shards__path=self.path)
+        above_zero("to leave a dataset out, remove it", data__shards__weight=self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostSection:
+    token: float = 0.0
+    """Cost of one token, in any unit that the four keys share."""
+
+    token_pair: float = 0.0
+    """Cost of attention by the square of a sample's tokens."""
+
+    view: float = 0.0
+    """Cost of one view in the vision tower, its image tokens' projection included."""
+
+    label_token: float = 0.0
+    """Cost of one trained token in the head."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            0,
+            data__cost__token=self.token,
+            data__cost__token_pair=self.token_pair,
+            data__cost__view=self.view,
+            data__cost__label_token=self.label_token,
+        )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether any coefficient is set; none: model FLOPs are the cost."""
+        return any((self.token, self.token_pair, self.view, self.label_token))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    shards: str
-    """Dataset folder that `launch/prepare.py` wrote."""
+    shards: str | tuple[ShardsSection, ...]
+    """Dataset folder that `launch/prepare.py` wrote; or a list of {path, weight}."""
 
     max_tokens: int = 8192
     """Tokens in one pack at most; longer samples cannot be trained on."""
@@ -75,16 +143,37 @@ class DataSection:
     """Views (crops and global thumbnails) in one pack at most."""
 
     window: int = 1024
-    """Samples the packer looks ahead; more fill packs better and mix the order less."""
+    """Samples that are packed together, at least; more fill packs better, mix the order less."""
+
+    window_steps: int = 16
+    """Steps whose packs are dealt together, at least: packs of like cost share a step."""
+
+    cost: CostSection = CostSection()
+    """What a pack is expected to take, as `benchmarks/cost.py` measures it; default: its FLOPs."""
 
     def __post_init__(self) -> None:
-        filled(data__shards=self.shards)
+        if isinstance(self.shards, str):
+            filled(data__shards=self.shards)
+        if not self.parts:
+            raise ConfigError("data.shards must name at least one dataset folder, got []")
+        distinct(data__shards=self.folders)
         at_least(
             1,
             data__max_tokens=self.max_tokens,
             data__max_views=self.max_views,
             data__window=self.window,
+            data__window_steps=self.window_steps,
         )
+
+    @property
+    def parts(self) -> tuple[ShardsSection, ...]:
+        """The dataset, or all of the list."""
+        return (ShardsSection(path=self.shards),) if isinstance(self.shards, str) else self.shards
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folder of each dataset."""
+        return tuple(part.path for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +186,9 @@ class OptimSection:
 
     projector_lr: float | None = None
     """Peak learning rate of the projector; default `lr`."""
+
+    vision_layer_decay: float = 1.0
+    """Factor by which each layer of the tower learns slower than the one above it; above 0 to 1."""
 
     embedding_lr: float | None = None
     """Peak learning rate of the token embeddings; default `lr`."""
@@ -126,6 +218,11 @@ class OptimSection:
             optim__weight_decay=self.weight_decay,
             optim__warmup_steps=self.warmup_steps,
         )
+        if not 0 < self.vision_layer_decay <= 1:
+            raise ConfigError(
+                "optim.vision_layer_decay must be a factor above 0 and at most 1, got "
+                f"{self.vision_layer_decay!r}"
+            )
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(
                 f"optim.min_lr_ratio must be a share from 0 to 1, got {self.min_lr_ratio!r}"
@@ -217,6 +314,16 @@ class WandbSection:
 class DebugSection:
     deterministic: bool = False
     """Use only kernels that give the same bits each time; slower."""
+
+    profile_steps: tuple[int, ...] = ()
+    """Steps of which every rank writes a trace to the run's folder `profile`."""
+
+    overfit_one_pack: bool = False
+    """Train on the first pack alone, over and over: its loss must go to 0."""
+
+    def __post_init__(self) -> None:
+        distinct(debug__profile_steps=[str(step) for step in self.profile_steps])
+        at_least(1, debug__profile_steps=min(self.profile_steps, default=1))
 
 
 @dataclass(frozen=True, kw_only=True)

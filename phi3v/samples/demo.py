@@ -49,10 +49,11 @@ def make_missing(cfg: RunConfig, recipe: Path) -> None:
     recipe  dataset recipe of the sample products; model and shards are those of `cfg`
     Every rank of a host calls; the first to come does the work and the others wait for it.
     """
-    overrides = [f"model={cfg.model.path}", f"out={cfg.data.shards}"]
+    (shards,) = cfg.data.folders
+    overrides = [f"model={cfg.model.path}", f"out={shards}"]
     dataset = load_recipe(DatasetConfig, recipe, overrides)
-    with _lock(Path(f"{cfg.data.shards}.lock")):
-        if not Path(cfg.data.shards, MANIFEST).is_file():
+    with _lock(Path(f"{shards}.lock")):
+        if not Path(shards, MANIFEST).is_file():
             make_inputs(dataset)
 
 
