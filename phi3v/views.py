@@ -6,6 +6,7 @@ canvas, which is why it cannot be stored as uint8 and is made anew each time.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,7 +44,18 @@ def normalise(canvas: Tensor, settings: ViewSettings) -> Tensor:
 
     returns  (3, height, width) float32
     """
-    image = canvas.permute(2, 0, 1).to(torch.float32).div(255)
-    mean = torch.tensor(settings.mean, dtype=torch.float32, device=canvas.device)
-    std = torch.tensor(settings.std, dtype=torch.float32, device=canvas.device)
-    return image.sub(mean[:, None, None]).div(std[:, None, None]).contiguous()
+    white, mean, std = _constants(settings, canvas.device)
+    image = canvas.permute(2, 0, 1).to(torch.float32).div(white)
+    return image.sub(mean).div(std).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _constants(settings: ViewSettings, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255, mean and deviation, made once: to make a tensor from Python waits for the device.
+
+    255 is a tensor because CUDA multiplies by the reciprocal of a number, which may round otherwise
+    than the processor's division.
+    """
+    values = ((255.0,), settings.mean, settings.std)
+    white, mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in values)
+    return white, mean[:, None, None], std[:, None, None]

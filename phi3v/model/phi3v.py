@@ -1,7 +1,7 @@
 """Phi-3-Vision as a transformers model: `from_pretrained`, `save_pretrained`, `generate`.
 
-Composed of transformers' Phi-3 and CLIP layers under the published parameter names. Ours are the
-image embedding, the choice of rotary factors, the mask, the packed forward and the loss.
+Its layers compute what transformers' Phi-3 and CLIP layers compute, under the published parameter
+names. A padded batch is called as the published model is; a pack, in training, by `packed_loss`.
 
 Letters: B sequences, T tokens, N views, I images, D width, V vocabulary.
 """
@@ -16,19 +16,21 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
 from phi3v.geometry import Grid, grid_of, image_tokens
-from phi3v.model.attention import ATTENTION, padding_mask
+from phi3v.model.attention import TOWER, Segments, padding_mask
+from phi3v.model.checkpointing import run_layer
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.execution import Execution
+from phi3v.model.layers import DecoderLayer, RMSNorm, TowerLayer, use_compiled
+from phi3v.model.loss import Head
 from phi3v.model.rotary import rotary
 from phi3v.model.vision import ImageEmbedding
 from phi3v.model.weights import WeightFiles, check_shapes, find_stop_ids
 from phi3v.sample import IGNORED
 
 # Modules whose parameters are best gathered at once, under ZeRO-3: a layer at a time.
-LAYERS = (Phi3DecoderLayer, CLIPEncoderLayer)
+LAYERS = (DecoderLayer, TowerLayer)
 # What from_pretrained is told about where a model lies.
 WHERE = {"revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download"}
 
@@ -38,16 +40,16 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     config_class = Phi3VConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = [layer.__name__ for layer in LAYERS]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
-        # Whatever a folder or caller asks for, the layers call our function: only it knows packs.
-        config._attn_implementation = ATTENTION
-        config.vision_config._attn_implementation = "sdpa"
+        # Whatever a folder or caller asks for, the layers call our functions: only they know packs.
+        config._attn_implementation = Execution().attention
+        config.vision_config._attn_implementation = TOWER[Execution().attention]
 
 
 class Phi3VModel(Phi3VPreTrainedModel):
@@ -58,10 +60,11 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.vision_embed_tokens = ImageEmbedding(config)
         self.layers = nn.ModuleList(
-            Phi3DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False  # transformers' switch: full
+        self.execution = Execution()
         self.post_init()
 
     def embed(self, input_ids: Tensor, views: Tensor | None, grids: Sequence[Grid]) -> Tensor:
@@ -83,20 +86,24 @@ class Phi3VModel(Phi3VPreTrainedModel):
         position_embeddings: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        segment_lengths: Sequence[int] | None = None,
+        segments: Segments | None = None,
         kept: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the decoder layers: (B, T, D) -> (B, T, D); `kept` collects each layer's input."""
+        how = "full" if self.gradient_checkpointing else self.execution.checkpointing
         hidden = embedded
         for layer in self.layers:
             if kept is not None:
                 kept.append(hidden)
-            hidden = layer(
+            hidden = run_layer(
+                layer,
+                how if torch.is_grad_enabled() else "none",
+                self.execution.offload,
                 hidden,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
-                segment_lengths=segment_lengths,
+                segments=segments,
             )
         return self.norm(hidden)
 
@@ -139,6 +146,14 @@ class Phi3VModel(Phi3VPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states
         )
+
+    def packed_angles(self, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (1, T, K) of each sample's positions, by its own choice of factors."""
+        ends = segments.boundaries
+        places = torch.arange(sum(segments.lengths), device=ends.device)
+        sample = torch.searchsorted(ends, places, right=True) - 1  # (T,)
+        is_long = (ends.diff() > self.config.original_max_position_embeddings)[sample]
+        return rotary(self.config, (places - ends[sample])[None], is_long[None], dtype)
 
     def is_long(self, positions: int, keys: int) -> bool:
         """Whether a padded batch takes the long factors, by the published rule of `rope_length`."""
@@ -195,8 +210,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         self.model = Phi3VModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.post_init()
+
+    def set_execution(self, execution: Execution) -> None:
+        """Choose kernels and recomputation; results change by rounding at most."""
+        self.config._attn_implementation = execution.attention
+        self.config.vision_config._attn_implementation = TOWER[execution.attention]
+        self.lm_head.loss = execution.loss
+        self.model.execution = execution
+        self.model.vision_embed_tokens.img_processor.vision_model.encoder.execution = execution
+        use_compiled(self, execution.compiled)
 
     @classmethod
     def from_pretrained(
@@ -295,7 +319,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Sum of the losses of a pack's trained tokens; each sample gets the numbers it gets alone.
 
-        input_ids, labels  (1, T), the samples laid end to end
+        input_ids, labels  (1, T), the samples laid end to end; with the labels on the CPU the
+                           device is waited for nowhere
         segment_lengths    tokens of each sample
         views, grids       the images of all samples in order; None for a pack of text, which then
                            takes a blank view through the tower (see ImageEmbedding.forward)
@@ -307,18 +332,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if views is None:
             nothing = self.model.vision_embed_tokens(None, ())
             embedded = embedded + nothing.sum().to(embedded.dtype)
-        limit = self.config.original_max_position_embeddings
-        positions = torch.cat([torch.arange(n) for n in segment_lengths])
-        is_long = torch.cat([torch.full((n,), n > limit) for n in segment_lengths])
-        device = embedded.device
-        angles = rotary(
-            self.config, positions[None].to(device), is_long[None].to(device), embedded.dtype
-        )
-        hidden = self.model.decode(embedded, angles, segment_lengths=segment_lengths)
-        targets = next_tokens(labels, segment_lengths)
-        trained = targets != IGNORED
-        logits = self.lm_head(hidden[trained]).float()  # (trained, V)
-        return cross_entropy(logits, targets[trained], reduction="sum")
+        segments = Segments.of(segment_lengths, embedded.device)
+        angles = self.model.packed_angles(segments, embedded.dtype)
+        hidden = self.model.decode(embedded, angles, segments=segments)
+        targets = next_tokens(labels, segment_lengths)[0]
+        places = (targets != IGNORED).nonzero()[:, 0]
+        places, targets = (_send(t, hidden.device) for t in (places, targets[places]))
+        return self.lm_head(hidden[0, places], targets)
 
     def prepare_inputs_for_generation(
         self,
@@ -354,6 +374,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             return self.model.is_long(positions, length)
 
         return is_long(keys) and not is_long(past)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for what it still computes."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def next_tokens(labels: Tensor, segment_lengths: Sequence[int]) -> Tensor:

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from phi3v.geometry import Grid
+from phi3v.model.checkpointing import run_layer
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.execution import Execution
+from phi3v.model.layers import TowerLayer
 
 
 class PatchEmbeddings(nn.Module):
@@ -44,14 +46,17 @@ class Encoder(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig, used: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(TowerLayer(config) for _ in range(config.num_hidden_layers))
         self.used = used
+        self.gradient_checkpointing = False  # transformers' switch: full
+        self.execution = Execution()
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """(N, 1 + P, C) -> (N, 1 + P, C)."""
+        how = "full" if self.gradient_checkpointing else self.execution.vision_checkpointing
+        how = how if torch.is_grad_enabled() else "none"
         for layer in self.layers[: self.used]:
-            hidden = layer(hidden, attention_mask=None)
+            hidden = run_layer(layer, how, self.execution.offload, hidden)
         return hidden
 
 

@@ -52,13 +52,14 @@ def alone(model: Phi3VForCausalLM, sample: Drawn) -> Tensor:
 
 def packed(model: Phi3VForCausalLM, samples: list[Drawn]) -> tuple[Tensor, Tensor]:
     """The packed loss, and the losses of its trained tokens: (), (trained,)."""
-    seen: list[Tensor] = []
-    hook = model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits))
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = model.lm_head.register_forward_hook(lambda head, args, loss: seen.append(args))
     loss = model(**pack(samples))
     hook.remove()
-    targets = torch.cat([sample.labels[0, 1:] for sample in samples])
-    targets = targets[targets != IGNORED]
-    return loss, cross_entropy(seen[0], targets, reduction="none")
+    ((hidden, targets),) = seen
+    expected = torch.cat([sample.labels[0, 1:] for sample in samples])
+    assert torch.equal(targets, expected[expected != IGNORED])
+    return loss, cross_entropy(model.lm_head(hidden), targets, reduction="none")
 
 
 def assert_same_gradients(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from phi3v.geometry import Grid, image_tokens
 from phi3v.model import Phi3VConfig
+from phi3v.model.attention import VIEWS
 from phi3v.model.vision import ImageEmbedding, merge_crops
 from phi3v.samples.tiny import TinySizes, tiny_config
 from tests.model.tiny import SIZES, TOKENIZER, make_model
@@ -22,9 +23,10 @@ def embedding(side: int) -> ImageEmbedding:
     sizes = TinySizes(
         image_size=4 * side, patch_size=2, vision_width=8, vision_layers=2, vision_heads=2, width=8
     )
-    config = tiny_config(sizes, TOKENIZER)
+    config = Phi3VConfig.from_dict(tiny_config(sizes, TOKENIZER).to_dict())
+    config.vision_config._attn_implementation = VIEWS  # as the whole model sets it
     torch.manual_seed(side)
-    made = ImageEmbedding(Phi3VConfig.from_dict(config.to_dict()))
+    made = ImageEmbedding(config)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made
