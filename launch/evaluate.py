@@ -26,13 +26,14 @@ def main() -> None:
     if arguments.split:
         overrides.append(f"eval.split={arguments.split}")
     settings = evaluation_settings(Path(models[0]), overrides)
-    held_out = open_held_out(arguments.shards, settings)
+    held_out = open_held_out([arguments.shards], settings)
     for model in models:
-        check_model(held_out, base_of(model))
+        for dataset in held_out.datasets:
+            check_model(dataset, base_of(model))
     scores = {}
     for model in models:
         generator = open_any(model, settings)
-        scores[model] = evaluate(generator, arguments.shards, settings)
+        scores[model] = evaluate(generator, [arguments.shards], settings)
     print(score_table(scores))
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import weakref
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Dataset:
 
     tokens, label_tokens, views, image_tokens  (samples,)
     message_bytes                              (samples,) what `read_into` needs for each
+    memory_bytes                               (samples,) the same, and its decoded canvases
 
     `d[i]` reads through a memory map: its arrays are read-only views of it, and the disk is read
     where they are first touched. `d.read_into(i, buffer)` reads in one call into memory that is
@@ -117,6 +118,23 @@ class Dataset:
                 f"{len(memory):,}; make it as large as the largest of Dataset.message_bytes"
             )
         return self._read(index, memory[:size])
+
+    @cached_property
+    def memory_bytes(self) -> np.ndarray:
+        """At most: what canvases of a codec other than raw take is reckoned by views."""
+        if self.codec.name == "raw":
+            return self.message_bytes
+        return self.message_bytes + self.views * (3 * self.manifest["crop_size"] ** 2)
+
+    @property
+    def datasets(self) -> tuple["Dataset"]:
+        """Itself, as of a `Mixture` the datasets it is made of."""
+        return (self,)
+
+    @property
+    def parts(self) -> tuple[tuple[int, int, float]]:
+        """All samples, at weight 1; of a `Mixture` each dataset's."""
+        return ((0, len(self), 1.0),)
 
     @property
     def view_settings(self) -> ViewSettings:

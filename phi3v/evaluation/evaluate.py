@@ -10,6 +10,7 @@ import torch
 from phi3v.config.schema import EvalSection
 from phi3v.data import Dataset
 from phi3v.data.batch import collate, model_inputs
+from phi3v.data.mixture import Mixture, open_datasets
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.metrics import Answer, Pattern, Score, compile_pattern, find_metrics, score
@@ -40,7 +41,7 @@ class Evaluation:
     scores: dict[str, Score]
     loss: float
     outcomes: list[Outcome]
-    dataset: Dataset
+    dataset: Dataset | Mixture
 
     def examples(self, count: int = EXAMPLES) -> list[Example]:
         """The first rows, with their pictures, as people look at them."""
@@ -59,18 +60,18 @@ class Evaluation:
 
 def evaluate(
     generator: Generator,
-    folder: str,
+    folders: Sequence[str],
     settings: EvalSection,
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
 ) -> Evaluation:
-    """Answer `settings.rows` rows of a split, shared among ranks, and score them.
+    """Answer `settings.rows` rows of a split of some datasets, shared among ranks, and score them.
 
     `gather` collects one object of every rank on each; all ranks return the same evaluation.
     Raises: ConfigError if the split has no rows or a metric does not fit.
     """
-    dataset = open_held_out(folder, settings)
+    dataset = open_held_out(folders, settings)
     rows = np.linspace(0, len(dataset) - 1, min(settings.rows, len(dataset))).round().astype(int)
     partners = exchange([len(dataset[int(row)].images) for row in rows])
     mine = range(rank, len(rows), world_size)
@@ -89,23 +90,25 @@ def evaluate(
     merged = sorted((o for share, _ in shares for o in share), key=lambda o: o.row)
     losses = np.sum([loss for _, loss in shares], axis=0)
     return Evaluation(
-        _scores(settings, folder, merged), float(losses[0] / losses[1]), merged, dataset
+        _scores(settings, folders, merged), float(losses[0] / losses[1]), merged, dataset
     )
 
 
-def open_held_out(folder: str, settings: EvalSection) -> Dataset:
-    """Open the split to be answered; call it before a run starts to refuse early what cannot work.
+def open_held_out(folders: Sequence[str], settings: EvalSection) -> Dataset | Mixture:
+    """Open the split to be answered, of the datasets that have it.
+
+    Call it before a run starts, to refuse early what cannot work.
 
     Raises: ConfigError if there is nothing to answer, or a metric does not fit the pattern.
     """
     find_metrics(settings.metrics, _pattern(settings))
     if not settings.rows:
         raise ConfigError("eval.rows is 0, so there is nothing to evaluate; set it above 0")
-    dataset = Dataset(folder, settings.split)
+    dataset = open_datasets(folders, settings.split, is_optional=True)
     if not len(dataset):
         raise ConfigError(
-            f"{folder} has no rows in split '{settings.split}'; prepare it with a larger "
-            "split.validation, or set eval.rows=0"
+            f"{', '.join(folders)} has no rows in split '{settings.split}'; prepare it with a "
+            "larger split.validation, or set eval.rows=0"
         )
     return dataset
 
@@ -151,10 +154,13 @@ def _answer_blind(
     return {k: answer for (k, _, _), answer in zip(pairs, answers, strict=True)}
 
 
-def _scores(settings: EvalSection, folder: str, outcomes: Sequence[Outcome]) -> dict[str, Score]:
+def _scores(
+    settings: EvalSection, folders: Sequence[str], outcomes: Sequence[Outcome]
+) -> dict[str, Score]:
     pattern = _pattern(settings)
     needs_train = any(name.endswith("_unseen") for name in settings.metrics)
-    train = [s.meta["reference"] for s in Dataset(folder, "train")] if needs_train else []
+    seen = open_datasets(folders, "train") if needs_train else ()
+    train = [sample.meta["reference"] for sample in seen]
     answers = [Answer(o.id, o.reference, o.prediction) for o in outcomes]
     scores = score(settings.metrics, answers, pattern, train)
     blind = [Answer(o.id, o.reference, o.blind) for o in outcomes if o.blind is not None]

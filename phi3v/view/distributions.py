@@ -8,13 +8,13 @@ import numpy as np
 
 from phi3v.data import Dataset
 from phi3v.data.audit import bin_end, bin_start, canvas_sizes
-from phi3v.data.packing import Budget, PackPlan, check_fits
+from phi3v.data.packing import Budget, Plan, Position, check_fits
 from phi3v.geometry import Grid, grid_of
 from phi3v.view.drawings import Bar, Part, bar_chart, grid_chart, pack_chart
 
 PACKS = 8  # drawn, of the first epoch
 MAX_TOKENS, MAX_VIEWS, WINDOW = 8192, 64, 1024  # of a pack, as data.* of a run recipe have them
-SEED = 0  # run.seed of a recipe that names none: the packs are then those that are trained on
+SEED = 0  # of the packs that are shown
 
 
 def distributions_section(datasets: Mapping[str, Dataset]) -> str:
@@ -42,7 +42,7 @@ def distributions_section(datasets: Mapping[str, Dataset]) -> str:
 
 
 def packs_section(dataset: Dataset, max_tokens: int | None, max_views: int | None) -> str:
-    """The first packs of a run on this split, and how full all of its first epoch are.
+    """Packs as a run on this split makes them, one to a step, and how full an epoch's are.
 
     Raises: ConfigError if a sample is larger than a pack of the given size.
     """
@@ -53,9 +53,10 @@ def packs_section(dataset: Dataset, max_tokens: int | None, max_views: int | Non
         max_views or max(MAX_VIEWS, int(dataset.views.max())),
         WINDOW,
     )
-    plan = PackPlan(dataset.fingerprint, SEED, dataset.tokens, dataset.views, budget)
+    costs = dataset.tokens.astype(float)
+    plan = Plan(dataset.fingerprint, SEED, dataset.tokens, dataset.views, costs, budget, 1)
     check_fits(plan, lambda index: dataset[index].id)
-    packs = plan.epoch(0)
+    packs = [step.packs[0] for step in plan.steps(Position(), epochs=1)]
     fill = float(dataset.tokens.sum()) / (len(packs) * budget.max_tokens)
     parts = [[_part(dataset, int(index)) for index in pack] for pack in packs[:PACKS]]
     count = f"the first {len(parts)} of {len(packs):,} packs" if len(packs) > PACKS else "all packs"

@@ -1,12 +1,14 @@
-"""A batch is its samples laid end to end, every position in its place."""
+"""A batch is its samples laid end to end, every position in its place, in memory that is reused."""
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from phi3v.data import Dataset
-from phi3v.data.batch import collate, model_inputs
+from phi3v.data.batch import ALIGNMENT, Arena, Batch, collate, model_inputs, row_bytes
+from phi3v.data.codecs import NAMES, Codec, CodecName
 from phi3v.geometry import Grid
 from phi3v.sample import IGNORED
 from phi3v.views import ViewSettings, make_views
@@ -67,3 +69,100 @@ def test_a_pack_of_no_samples_is_one_untrained_token() -> None:
     assert (batch.segment_lengths, batch.label_tokens) == ((1,), 0)
     assert (batch.canvases, batch.ids) == ((), ())
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+
+
+# --- arenas ---
+
+
+def read(dataset: Dataset, indices: list[int], arena: Arena) -> Batch:
+    """Samples read straight into an arena, as the loader does it."""
+    tokens = int(dataset.tokens[indices].sum())
+    arena.reset(row_bytes(tokens) + int((dataset.memory_bytes[indices] + ALIGNMENT).sum()))
+    buffers = [arena.take(int(dataset.message_bytes[index])).numpy() for index in indices]
+    samples = [dataset.read_into(i, buffer) for i, buffer in zip(indices, buffers, strict=True)]
+    return collate(samples, arena)
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert (one.ids, one.segment_lengths) == (other.ids, other.segment_lengths)
+    assert all(map(torch.equal, one.tensors, other.tensors))
+
+
+def memory_of(arena: Arena) -> range:
+    return range(arena._memory.data_ptr(), arena._memory.data_ptr() + len(arena._memory))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_in_an_arena_is_the_same_and_lies_there_whole(
+    tmp_path: Path, name: CodecName
+) -> None:
+    dataset = Dataset(write_samples(tmp_path, SAMPLES, codec=Codec(name)), "train")
+    arena = Arena()
+    for indices in ([2], [0, 1, 2], [1, 0]):
+        batch = read(dataset, indices, arena)
+        assert_equal(batch, collate([dataset[index] for index in indices]))
+        for tensor in batch.tensors:
+            assert tensor.data_ptr() in memory_of(arena)
+            assert tensor.data_ptr() + tensor.nbytes - 1 in memory_of(arena)
+
+
+def test_raw_canvases_stay_where_they_were_read(tmp_path: Path) -> None:
+    """Room for the messages and the rows is room enough: nothing is copied."""
+    dataset = Dataset(write_samples(tmp_path, SAMPLES), "train")
+    arena = Arena()
+    batch = read(dataset, [0], arena)
+    end = max(canvas.data_ptr() + canvas.nbytes for canvas in batch.canvases)
+    assert arena._memory.data_ptr() <= batch.canvases[0].data_ptr() < end
+    assert end <= batch.input_ids.data_ptr()  # the rows were laid behind the message
+
+
+def test_an_arena_grows_to_the_largest_batch_and_is_used_again(tmp_path: Path) -> None:
+    dataset = Dataset(write_samples(tmp_path, SAMPLES), "train")
+    arena = Arena()
+    read(dataset, [0, 2], arena)
+    memory = memory_of(arena)
+    for indices in ([1], [0], [2, 1], [0, 2]):
+        read(dataset, indices, arena)
+        assert memory_of(arena) == memory
+    read(dataset, [0, 1, 2], arena)
+    assert len(memory_of(arena)) > len(memory)
+
+
+def test_pieces_of_an_arena_are_aligned_and_do_not_overlap() -> None:
+    arena = Arena()
+    arena.reset(4 * ALIGNMENT)
+    pieces = [arena.take(size) for size in (1, ALIGNMENT, ALIGNMENT + 1)]
+    first = pieces[0].data_ptr()
+    assert [piece.data_ptr() - first for piece in pieces] == [0, 64, 128]
+    assert [len(piece) for piece in pieces] == [1, 64, 65]
+    with pytest.raises(AssertionError, match="too small"):
+        arena.take(1)
+
+
+class Copies:
+    """What CUDA still copies: done once somebody has waited for it."""
+
+    is_done = False
+
+    def synchronize(self) -> None:
+        self.is_done = True
+
+
+def test_an_arena_is_not_filled_before_it_has_been_copied_from() -> None:
+    arena, copies = Arena(), Copies()
+    arena._copied = copies  # type: ignore[assignment]
+    arena.reset(10)
+    assert copies.is_done
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_batch_reaches_the_device_from_pinned_memory(tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+    dataset, arena = Dataset(write_samples(tmp_path, SAMPLES), "train"), Arena(device)
+    for indices in ([0, 1], [2, 0]):
+        batch = read(dataset, indices, arena)
+        assert all(tensor.is_pinned() for tensor in batch.tensors)
+        sent = batch.to(device)
+        arena.release()
+        arena.reset(0)  # waits until the copies are done
+        assert_equal(sent.to(torch.device("cpu")), collate([dataset[i] for i in indices]))

@@ -60,7 +60,7 @@ def shapes(tiny_shards: Path) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def evaluation(generator: Generator, tiny_shards: Path) -> Evaluation:
-    return evaluate(generator, str(tiny_shards), SETTINGS)
+    return evaluate(generator, [str(tiny_shards)], SETTINGS)
 
 
 def on_ranks(
@@ -78,9 +78,9 @@ def on_ranks(
 
     for rank in range(ranks):
         with pytest.raises(Gathering):
-            evaluate(generator, str(shards), settings, rank, ranks, hand_in)
+            evaluate(generator, [str(shards)], settings, rank, ranks, hand_in)
     return [
-        evaluate(generator, str(shards), settings, rank, ranks, lambda _: shares)
+        evaluate(generator, [str(shards)], settings, rank, ranks, lambda _: shares)
         for rank in range(ranks)
     ]
 
@@ -155,7 +155,7 @@ def test_rows_without_pictures_have_no_blind_answer(
     generator: Generator, mixed_shards: Path
 ) -> None:
     settings = EvalSection(split="train", rows=8, max_new_tokens=4)
-    found = evaluate(generator, str(mixed_shards), settings)
+    found = evaluate(generator, [str(mixed_shards)], settings)
     for outcome in found.outcomes:
         assert (outcome.blind is None) == (not found.dataset[outcome.row].images)
     assert 0 < found.scores["blind_exact_match"].n < 8 == found.scores["exact_match"].n
@@ -164,7 +164,7 @@ def test_rows_without_pictures_have_no_blind_answer(
 def test_without_the_blind_control_nothing_is_asked_twice(
     generator: Generator, tiny_shards: Path, evaluation: Evaluation
 ) -> None:
-    found = evaluate(generator, str(tiny_shards), replace(SETTINGS, blind=False))
+    found = evaluate(generator, [str(tiny_shards)], replace(SETTINGS, blind=False))
     assert all(outcome.blind is None for outcome in found.outcomes)
     seen = {k: v for k, v in evaluation.scores.items() if not k.startswith("blind_")}
     assert found.scores == seen
@@ -184,7 +184,7 @@ def test_two_ranks_find_what_one_finds(
 
 def test_a_rank_may_be_without_rows(generator: Generator, tiny_shards: Path) -> None:
     settings = replace(SETTINGS, rows=1)
-    alone = evaluate(generator, str(tiny_shards), settings)
+    alone = evaluate(generator, [str(tiny_shards)], settings)
     assert [len(e.outcomes) for e in on_ranks(generator, tiny_shards, settings, 2)] == [1, 1]
     assert on_ranks(generator, tiny_shards, settings, 2)[1].scores == alone.scores
 
@@ -200,7 +200,7 @@ def test_rows_are_spread_over_the_split(evaluation: Evaluation, held_out: Datase
 
 def test_more_rows_than_there_are_means_all(generator: Generator, tiny_shards: Path) -> None:
     settings = EvalSection(rows=10_000, blind=False, max_new_tokens=1)
-    found = evaluate(generator, str(tiny_shards), settings)
+    found = evaluate(generator, [str(tiny_shards)], settings)
     assert [outcome.row for outcome in found.outcomes] == list(range(len(found.dataset)))
 
 
@@ -257,7 +257,7 @@ def test_examples_are_the_first_rows_with_their_pictures(evaluation: Evaluation)
 
 def test_an_example_without_a_picture_has_none(generator: Generator, mixed_shards: Path) -> None:
     settings = EvalSection(split="train", rows=8, max_new_tokens=1, blind=False)
-    shown = evaluate(generator, str(mixed_shards), settings).examples()
+    shown = evaluate(generator, [str(mixed_shards)], settings).examples()
     assert {example.image is None for example in shown} == {True, False}
 
 
@@ -281,7 +281,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_asked(
 ) -> None:
     for attempt in (open_held_out, lambda *a: evaluate(None, *a)):  # no model is needed to refuse
         with pytest.raises(ConfigError) as caught:
-            attempt(str(tiny_shards), EvalSection(**values))
+            attempt([str(tiny_shards)], EvalSection(**values))
         assert str(caught.value).startswith(message)
 
 
@@ -289,7 +289,7 @@ def test_an_empty_split_is_refused(catalogue: Path, tiny_model: Path, tmp_path: 
     recipe = product_recipe(catalogue, tiny_model, tmp_path / "shards", split={"validation": 1e-12})
     prepare(recipe)
     with pytest.raises(ConfigError) as caught:
-        open_held_out(str(tmp_path / "shards"), EvalSection())
+        open_held_out([str(tmp_path / "shards")], EvalSection())
     assert str(caught.value) == (
         f"{tmp_path / 'shards'} has no rows in split 'validation'; prepare it with a larger "
         "split.validation, or set eval.rows=0"
@@ -298,4 +298,4 @@ def test_an_empty_split_is_refused(catalogue: Path, tiny_model: Path, tmp_path: 
 
 def test_an_unknown_split_is_refused(tiny_shards: Path) -> None:
     with pytest.raises(ShardError, match="has no split 'test', it has: train, validation; "):
-        open_held_out(str(tiny_shards), EvalSection(split="test"))
+        open_held_out([str(tiny_shards)], EvalSection(split="test"))

@@ -20,7 +20,7 @@ from PIL import Image
 from phi3v.data import Dataset
 from phi3v.data.batch import model_inputs
 from phi3v.data.loader import Loader
-from phi3v.data.packing import Budget, PackPlan, Position
+from phi3v.data.packing import Budget, Plan, Position
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.models import open_model
 from phi3v.prepare import prepare
@@ -99,9 +99,10 @@ def make_trial(folder: Path, seed: int = 0) -> Trial:
 def train(generator: Generator, dataset: Dataset, seed: int) -> None:
     """Train on `STEPS` packs."""
     model, budget = generator.model, Budget(max_tokens=1024, max_views=256, window=1024)
-    plan = PackPlan(dataset.fingerprint, seed, dataset.tokens, dataset.views, budget)
+    costs = dataset.tokens.astype(float)
+    plan = Plan(dataset.fingerprint, seed, dataset.tokens, dataset.views, costs, budget, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    with closing(Loader(dataset, plan, 1, rank=0, world_size=1).steps(Position())) as steps:
+    with closing(Loader(dataset, plan, rank=0, world_size=1).steps(Position())) as steps:
         for step in islice(steps, STEPS):
             (batch,) = step.batches
             loss = model(**model_inputs(batch, generator.views, model.device))
