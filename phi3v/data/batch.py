@@ -3,7 +3,7 @@
     batch = collate(samples)
     loss = model(**model_inputs(batch, dataset.view_settings, device))
 
-Ids, labels and uint8 canvases are all that travels to the device, where the canvases are cut,
+Ids and uint8 canvases are all that travels to the device, where the canvases are cut,
 normalised and given their global views. A loader's batches lie in arenas, memory that is used again
 for later ones and that CUDA copies from while the processor goes on.
 """
@@ -52,13 +52,13 @@ class Batch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of it that travels to a device."""
-        return self.input_ids, self.labels, *self.canvases
+        """All of it that travels to a device: not the labels, whose places the host looks for."""
+        return self.input_ids, *self.canvases
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; the copy from pinned memory is only asked for."""
-        ids, labels, *canvases = (t.to(device, non_blocking=True) for t in self.tensors)
-        return replace(self, input_ids=ids, labels=labels, canvases=tuple(canvases))
+        ids, *canvases = (t.to(device, non_blocking=True) for t in self.tensors)
+        return replace(self, input_ids=ids, canvases=tuple(canvases))
 
 
 class Arena:

@@ -46,7 +46,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, compiled: bool = F
 
     Not in place, though this copies the values (4 * G * K bytes of traffic per token in bf16):
     selective checkpointing keeps the projection's output and would turn it a second time, and
-    torch.compile makes two kernels of an exchange in place.
+    torch.compile writes an exchange in place to a second tensor and copies that back.
     """
     return _Rotation.apply(qkv, cos, sin, heads, compiled)
 
@@ -91,7 +91,6 @@ class _RMSNorm(Function):
             ).view_as(x)
         if ctx.needs_input_grad[1]:
             of_weight = _run(ctx.compiled, _norm_weight_gradient, flat, _flat(x), scale)
-            of_weight = of_weight.to(weight.dtype)
         return of_input, of_weight, None, None
 
 

@@ -1,8 +1,8 @@
 """The layers of the decoder and of the vision tower, with half the activations of transformers'.
 
 Parameters have the names, and are made in the order, of transformers' Phi3DecoderLayer and
-CLIPEncoderLayer. In bfloat16 at the published widths a decoder layer keeps 82.5 KB per token for
-the backward pass and a tower layer 24.7 (transformers': 157.8 and 41.0); see fused.py.
+CLIPEncoderLayer. In bfloat16 at the published widths a decoder layer keeps 82.4 KB per token for
+the backward pass and a tower layer 24.6 (transformers': 158.2 and 41.0); see fused.py.
 
 Letters: B sequences or views, T tokens, D width, F width inside the MLP, H heads, G heads of keys
 and of values, K head width.

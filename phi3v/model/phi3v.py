@@ -67,6 +67,11 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.execution = Execution()
         self.post_init()
 
+    @property
+    def trains_layers(self) -> bool:
+        """Whether any decoder layer is trained."""
+        return any(parameter.requires_grad for parameter in self.layers.parameters())
+
     def embed(self, input_ids: Tensor, views: Tensor | None, grids: Sequence[Grid]) -> Tensor:
         """Token embeddings, with the images' vectors where the ids are negative.
 
@@ -332,6 +337,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if views is None:
             nothing = self.model.vision_embed_tokens(None, ())
             embedded = embedded + nothing.sum().to(embedded.dtype)
+        if torch.is_grad_enabled() and not embedded.requires_grad and self.model.trains_layers:
+            # Under ZeRO-3 a layer whose input needs no gradient is released before its backward.
+            embedded.requires_grad_()
         segments = Segments.of(segment_lengths, embedded.device)
         angles = self.model.packed_angles(segments, embedded.dtype)
         hidden = self.model.decode(embedded, angles, segments=segments)

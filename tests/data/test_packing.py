@@ -63,16 +63,14 @@ def test_an_epoch_holds_every_sample_once_in_whole_steps_and_no_pack_exceeds_its
 
 @settings(deadline=None)
 @given(lengths, st.integers(1, 9), st.integers(1, 4))
-def test_a_pack_is_empty_only_where_no_pack_of_the_last_window_can_be_split(
+def test_packs_are_empty_only_in_a_step_of_single_samples(
     lengths: list[tuple[int, int]], size: int, window_steps: int
 ) -> None:
     tokens, views = np.array(lengths).T
     plan = Plan("any", 0, tokens, views, tokens, Budget(64, 9, 8), size, window_steps)
-    steps = epoch_of(plan)
-    last = [s for s in steps if s.after == Position(1) or s.after.window == steps[-1].after.window]
-    for step in steps:
-        if min(map(len, step.packs)) == 0:
-            assert step in last and max(map(len, step.packs)) == 1
+    sizes = [sorted({len(pack) for pack in step.packs}) for step in epoch_of(plan)]
+    short = [of for of in sizes if of[0] == 0]
+    assert not short or short == [[0, 1]]
 
 
 @pytest.mark.parametrize("shares", [(1,), SHARES])
@@ -141,7 +139,7 @@ def make_costly_plan() -> Plan:
 
 
 def test_packs_of_a_step_cost_alike_and_the_dearest_comes_first() -> None:
-    """Measured 0.916 of the dearest, 0.55 if packs are dealt as they come."""
+    """Mean over dearest: measured 0.927; 0.514 if the same packs are dealt at random."""
     plan = make_costly_plan()
     costs = np.array([costs_of(step, plan) for step in epoch_of(plan)])
     assert (np.diff(costs, axis=1) <= 1e-6).all()

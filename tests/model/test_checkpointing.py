@@ -213,6 +213,14 @@ def test_a_layer_keeps_its_input_products_and_attention_or_its_input_alone(
     assert selective < stock
 
 
+@pytest.mark.parametrize("how", WAYS)
+def test_an_output_that_nobody_wants_takes_with_it_what_was_kept(how: Checkpointing) -> None:
+    layer, kwargs = make_case(TowerLayer)
+    with Watch() as watch:
+        run_layer(layer, how, False, torch.ones(1, TOKENS, WIDTH, requires_grad=True), **kwargs)
+    assert watch.kept_bytes(layer) == 0
+
+
 def test_only_the_input_of_a_layer_is_moved_to_the_host() -> None:
     layer, kwargs = make_case(DecoderLayer)
     moved: list[torch.Size] = []
