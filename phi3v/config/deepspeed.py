@@ -4,9 +4,7 @@
     deepspeed.initialize(config=ds.for_engine(), ...)
 
 The file states the global batch and the micro batch (one pack); accumulation is derived, so the
-optimisation does not change with the number of ranks. DeepSpeed 0.19.8 does not look at top-level
-keys that it does not know (`runtime/config.py`), so the list of known ones is here. The keys inside
-a section are checked by DeepSpeed itself when the engine is built.
+optimisation does not change with the number of ranks. `keys.py` lists the keys it may hold.
 """
 
 from __future__ import annotations
@@ -18,6 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from phi3v.config.keys import (
+    DECOUPLED_OPTIMIZERS,
+    OPTIMIZERS,
+    SECTIONS,
+    idle_zero_keys,
+    optimizer_keys,
+)
 from phi3v.config.names import nearest
 from phi3v.errors import ConfigError
 
@@ -31,44 +36,33 @@ REQUIRED_KEYS = (
     "zero_optimization.stage",
 )
 
-ALLOWED_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_clipping",
-    "bf16",
-    "fp16",
-    "data_types",
-    "communication_data_type",
-    "optimizer",
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "aio",
-    "checkpoint",
-    "compile",
-    "comms_logger",
-    "flops_profiler",
-    "timers",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "steps_per_print",
-    "dump_state",
-    "log_level",
-    "disable_python_gc",
-)
-"""Top-level keys that DeepSpeed 0.19.8 reads and that have a meaning in this project."""
+BF16_KEYS = ("data_types.grad_accum_dtype", "communication_data_type")
+"""Keys that must be stated beside bf16: DeepSpeed would add gradients up in bf16 as well."""
 
-VALUE_TYPES = {
-    "train_batch_size": int,
-    "train_micro_batch_size_per_gpu": int,
-    "gradient_clipping": float,
-    "bf16.enabled": bool,
-    "fp16.enabled": bool,
-    "optimizer.type": str,
-    "optimizer.params.adam_w_mode": bool,
-    "zero_optimization.stage": int,
+CHOICES: dict[str, tuple[str | int, ...]] = {
+    "train_micro_batch_size_per_gpu": (1,),
+    "zero_optimization.stage": (1, 2, 3),
+    "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
+    "zero_optimization.offload_param.device": ("none", "cpu", "nvme"),
+    "data_types.grad_accum_dtype": ("fp32", "bf16"),
+    "communication_data_type": ("fp32", "bf16"),
+    "fp16.enabled": (False,),
+    "bf16.check_grad_overflow": (True,),
+    "zero_optimization.zero_quantized_gradients": (False,),
 }
-"""What this project reads; an int will do for a float."""
+"""Values that some keys are confined to."""
+
+REASONS = {
+    "train_micro_batch_size_per_gpu": "one pack is one micro-batch, and data.max_tokens sets its "
+    "size",
+    "fp16.enabled": "float16 needs loss scaling, which skips steps; use bf16.enabled, or neither "
+    "for float32",
+    "bf16.check_grad_overflow": "the stages 1 and 2 would put a gradient that is not a number into "
+    "the weights; stage 3 checks always",
+    "zero_optimization.zero_quantized_gradients": "DeepSpeed 0.19.8 reads every gradient as "
+    "float16, whatever it is",
+}
+"""Why, where the choice alone does not say it."""
 
 OWNED_ELSEWHERE = {
     "gradient_accumulation_steps": "it is derived from train_batch_size and the number of ranks",
@@ -77,12 +71,11 @@ OWNED_ELSEWHERE = {
     "optimizer.params.weight_decay": "the recipe's optim.weight_decay owns it",
     "optimizer.params.max_grad_norm": "gradient_clipping owns it",
     "activation_checkpointing": "the recipe's model.checkpointing owns it",
+    "compile": "the recipe's model.kernels owns it",
+    "zero_optimization.leaf_module": "phi3v.model.LAYERS owns it",
     "wandb": "the recipe's wandb section owns it",
 }
 """Keys that DeepSpeed would obey and that have another owner here, with that owner."""
-
-DECOUPLED_OPTIMIZERS = ("adamw", "lion", "lamb", "muon", "muadamw")
-"""Optimizer types that decay the weights themselves, not by way of the gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +154,14 @@ def load_deepspeed(path: Path, world_size: int) -> DeepSpeedConfig:
     """
     assert world_size >= 1
     ds = DeepSpeedConfig(path=path, world_size=world_size, json=_read(path))
-    _check_keys(ds)
     _check_owners(ds)
     _check_auto(ds)
-    _check_types(ds)
+    _check_keys(ds)
+    _check_required(ds)
     _check_values(ds)
+    _check_idle(ds)
     _check_batch(ds)
+    _check_nodes(ds)
     return ds
 
 
@@ -202,16 +197,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> Json:
     return dict(pairs)
 
 
-def _check_keys(ds: DeepSpeedConfig) -> None:
-    for key in ds.json:
-        if key not in ALLOWED_KEYS and key not in OWNED_ELSEWHERE:
-            hint = nearest(key, ALLOWED_KEYS)
-            raise ConfigError(f"unknown key {key!r} in {ds.path}; {hint}")
-    for key in REQUIRED_KEYS:
-        if _lookup(ds.json, key) is None:
-            raise ConfigError(f"missing key {key!r} in {ds.path}; state it there")
-
-
 def _check_owners(ds: DeepSpeedConfig) -> None:
     for key, owner in OWNED_ELSEWHERE.items():
         value = _lookup(ds.json, key)
@@ -227,33 +212,59 @@ def _check_auto(ds: DeepSpeedConfig) -> None:
             )
 
 
-def _check_types(ds: DeepSpeedConfig) -> None:
-    for key, kind in VALUE_TYPES.items():
-        value = _lookup(ds.json, key)
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if value is not None and not fits:
-            raise ConfigError(f"{ds.path}: {key} must be {kind.__name__}, got {value!r}")
+def _check_keys(ds: DeepSpeedConfig) -> None:
+    for section, kinds in SECTIONS.items():
+        prefix = f"{section}." if section else ""
+        for name, value in (_lookup(ds.json, section) or {}).items():
+            if name not in kinds:
+                hint = nearest(name, list(kinds), prefix)
+                raise ConfigError(f"unknown key {prefix + name!r} in {ds.path}; {hint}")
+            kind = kinds[name]
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ConfigError(
+                    f"{ds.path}: {prefix}{name} must be {kind.__name__}, got {value!r}"
+                )
+
+
+def _check_required(ds: DeepSpeedConfig) -> None:
+    for key in REQUIRED_KEYS + (BF16_KEYS if ds.bf16 else ()):
+        if _lookup(ds.json, key) is None:
+            raise ConfigError(f"missing key {key!r} in {ds.path}; state it there")
 
 
 def _check_values(ds: DeepSpeedConfig) -> None:
-    if ds.micro_batch != 1:
+    for key, choice in CHOICES.items():
+        value = _lookup(ds.json, key)
+        if value is not None and value not in choice:
+            names = " or ".join(", ".join(map(json.dumps, choice)).rsplit(", ", 1))
+            reason = f"; {REASONS[key]}" if key in REASONS else ""
+            raise ConfigError(f"{ds.path}: {key} must be {names}, got {json.dumps(value)}{reason}")
+    if ds.optimizer_type.lower() not in OPTIMIZERS:
         raise ConfigError(
-            f"{ds.path}: train_micro_batch_size_per_gpu must be 1, got {ds.micro_batch}; one pack "
-            "is one micro-batch, and data.max_tokens sets its size"
-        )
-    if ds.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(
-            f"{ds.path}: zero_optimization.stage must be 0, 1, 2 or 3, got {ds.zero_stage}"
+            f"{ds.path}: optimizer.type must be one of {', '.join(OPTIMIZERS)}, got "
+            f"{ds.optimizer_type!r}"
         )
     if ds.gradient_clipping < 0:
         raise ConfigError(
             f"{ds.path}: gradient_clipping must be at least 0, got {ds.gradient_clipping}"
         )
-    if _lookup(ds.json, "fp16.enabled"):
-        raise ConfigError(
-            f"{ds.path}: fp16.enabled must be false, got true; float16 needs loss scaling, which "
-            "skips steps; use bf16.enabled, or neither for float32"
-        )
+
+
+def _check_idle(ds: DeepSpeedConfig) -> None:
+    """Refuse keys that nothing reads at this ZeRO stage, or that this optimizer does not take."""
+    is_torch = ds._value("optimizer.params.torch_adam", False)
+    taken = optimizer_keys(ds.optimizer_type.lower(), is_torch)
+    idle = {
+        "zero_optimization": (idle_zero_keys(ds.zero_stage), f"ZeRO stage {ds.zero_stage}"),
+        "optimizer.params": (
+            SECTIONS["optimizer.params"].keys() - taken,
+            f"{'torch' if is_torch else 'DeepSpeed'}'s {ds.optimizer_type}",
+        ),
+    }
+    for section, (names, user) in idle.items():
+        for name in _lookup(ds.json, section) or {}:
+            if name in names:
+                raise ConfigError(f"{ds.path}: {section}.{name} means nothing to {user}; remove it")
 
 
 def _check_batch(ds: DeepSpeedConfig) -> None:
@@ -270,9 +281,19 @@ def _check_batch(ds: DeepSpeedConfig) -> None:
         )
 
 
+def _check_nodes(ds: DeepSpeedConfig) -> None:
+    """Refuse a second partition (ZeRO++ hpZ) of which the ranks are no multiple."""
+    size = min(ds._value("zero_optimization.zero_hpz_partition_size", 1) or 1, ds.world_size)
+    if ds.world_size % size:
+        raise ConfigError(
+            f"{ds.path}: {ds.world_size} ranks are no multiple of "
+            f"zero_optimization.zero_hpz_partition_size {size}; set it to the GPUs of one node"
+        )
+
+
 def _lookup(tree: Any, key: str) -> Any:
-    """Find the value at a dotted key; None where there is none."""
-    for name in key.split("."):
+    """Find the value at a dotted key, "" being the whole tree; None where there is none."""
+    for name in key.split(".") if key else ():
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
 

@@ -145,6 +145,6 @@ def total_norm(engine: deepspeed.DeepSpeedEngine) -> float:
 
 
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, rates: Mapping[Module, float]) -> None:
-    """Give each parameter group the learning rate of its module for the coming step."""
+    """Give each parameter group its share of its module's learning rate for the coming step."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
+        group["lr"] = rates[group["name"]] * group["lr_scale"]

@@ -38,6 +38,8 @@ def check_recipe(recipe: Path, *overrides: str) -> None:
         ("optim.warmup_steps=9", "optim.weight_decay=0.1"),
         ("optim.warmup_steps=99",),
         ("model.freeze=[vision, language]", "optim.projector_lr=1e-5"),
+        ("model.offload_activations=true", "model.checkpointing=full"),
+        ("model.offload_activations=true", "model.vision_checkpointing=full"),
     ],
 )
 def test_recipes_that_agree_are_accepted(recipe: Path, overrides: tuple[str, ...]) -> None:
@@ -55,6 +57,12 @@ def test_recipes_that_agree_are_accepted(recipe: Path, overrides: tuple[str, ...
         (
             ("model.freeze=[vision]", "optim.vision_lr=2e-6"),
             "optim.vision_lr is 2e-06 but model.freeze holds 'vision'; remove one of the two",
+        ),
+        (
+            ("model.offload_activations=true", "model.checkpointing=selective"),
+            "model.offload_activations is true, but checkpointing is 'selective' and that of the "
+            "tower 'selective'; only full checkpointing keeps what can wait in the host's memory, "
+            "so set it to full",
         ),
     ],
 )

@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 
 from phi3v.config import default_deepspeed, load_deepspeed
+from phi3v.config.keys import SECTIONS, STAGE_KEYS
 from phi3v.errors import ConfigError
 
 SHIPPED = sorted(default_deepspeed(has_cuda=True).parent.glob("*.json"))
+
+
+BF16: dict[str, Any] = {
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +55,24 @@ def test_every_shipped_json_is_accepted_on_1_2_4_and_8_ranks(path: Path, world_s
     assert ds.decouples_decay
 
 
+def test_shipped_files_in_bf16_add_up_in_float32() -> None:
+    for path in SHIPPED:
+        ds = load_deepspeed(path, 8)
+        if ds.bf16:
+            kept = (ds.json["data_types"]["grad_accum_dtype"], ds.json["communication_data_type"])
+            assert kept == ("fp32", "fp32"), path.name
+
+
+def test_the_docs_explain_every_file_and_key() -> None:
+    docs = (SHIPPED[0].parents[1] / "docs" / "deepspeed.md").read_text(encoding="utf-8")
+    for path in SHIPPED:
+        assert f"| `{path.name}` |" in docs
+        content = json.loads(path.read_text(encoding="utf-8"))
+        keys = {*content, *content["zero_optimization"]} - {"zero_optimization"}
+        for key in keys | content["optimizer"]["params"].keys():
+            assert f"`{key}`" in docs, f"{key} of {path.name}"
+
+
 def test_the_default_is_bf16_on_cuda_and_float32_elsewhere() -> None:
     cuda, cpu = (load_deepspeed(default_deepspeed(has_cuda), 2) for has_cuda in (True, False))
     assert (cuda.path.name, cuda.bf16) == ("zero3.json", True)
@@ -54,7 +80,7 @@ def test_the_default_is_bf16_on_cuda_and_float32_elsewhere() -> None:
 
 
 def test_the_properties_say_what_the_file_says() -> None:
-    Path("zero3.json").write_text(json.dumps(content(gradient_clipping=1, bf16={"enabled": True})))
+    Path("zero3.json").write_text(json.dumps(content(gradient_clipping=1, **BF16)))
     ds = load_deepspeed(Path("zero3.json"), 4)
     assert (ds.train_batch_size, ds.micro_batch, ds.accumulation) == (64, 1, 16)
     assert (ds.zero_stage, ds.bf16, ds.gradient_clipping, ds.optimizer_type) == (
@@ -136,6 +162,87 @@ def test_an_unknown_key_like_no_other_is_refused_with_the_known_ones() -> None:
     assert message.startswith("unknown key 'q' in zero3.json; known are train_batch_size, ")
 
 
+@pytest.mark.parametrize("section", [name for name in SECTIONS if name])
+def test_a_mistyped_key_of_every_section_is_refused(section: str) -> None:
+    """DeepSpeed would pass it over, or fail on it after the weights were loaded."""
+    tree = content()
+    inner = tree
+    for name in section.split("."):
+        inner = inner.setdefault(name, {})
+    known = list(SECTIONS[section])[0]
+    inner[f"{known}_"] = 1
+    message = refusal(json.dumps(tree))
+    assert message == (
+        f"unknown key '{section}.{known}_' in zero3.json; did you mean '{section}.{known}'?"
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_key_that_a_stage_does_not_read_is_refused(stage: int) -> None:
+    for stages, names in STAGE_KEYS.items():
+        for name in names:
+            kind = SECTIONS["zero_optimization"][name]
+            if name != "zero_quantized_gradients":
+                Path("a.json").write_text(
+                    json.dumps(content(zero_optimization={"stage": stage, name: kind()}))
+                )
+                if stage in stages:
+                    load_deepspeed(Path("a.json"), 1)
+                    continue
+                with pytest.raises(ConfigError) as caught:
+                    load_deepspeed(Path("a.json"), 1)
+                assert str(caught.value) == (
+                    f"a.json: zero_optimization.{name} means nothing to ZeRO stage {stage}; "
+                    "remove it"
+                )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (
+            {"type": "AdamW", "params": {"adam_w_mode": False}},
+            "optimizer.params.adam_w_mode means nothing to DeepSpeed's AdamW",
+        ),
+        (
+            {"type": "AdamW", "params": {"fused": True}},
+            "optimizer.params.fused means nothing to DeepSpeed's AdamW",
+        ),
+        (
+            {"type": "AdamW", "params": {"torch_adam": True, "bias_correction": True}},
+            "optimizer.params.bias_correction means nothing to torch's AdamW",
+        ),
+        (
+            {"type": "Lion", "params": {"eps": 1e-8}},
+            "optimizer.params.eps means nothing to DeepSpeed's Lion",
+        ),
+    ],
+)
+def test_a_key_that_an_optimizer_does_not_take_is_refused(
+    optimizer: dict[str, Any], message: str
+) -> None:
+    assert change_refusal(optimizer=optimizer) == f"zero3.json: {message}; remove it"
+
+
+@pytest.mark.parametrize("key", ["data_types", "communication_data_type"])
+def test_bf16_must_say_in_what_gradients_are_added_up(key: str) -> None:
+    full = "data_types.grad_accum_dtype" if key == "data_types" else key
+    assert change_refusal(**BF16 | {key: None}) == (
+        f"missing key '{full}' in zero3.json; state it there"
+    )
+
+
+def test_ranks_must_be_a_multiple_of_the_second_partition() -> None:
+    zero = {"stage": 3, "zero_hpz_partition_size": 8}
+    text = json.dumps(content(train_batch_size=48, zero_optimization=zero))
+    assert refusal(text, 12) == (
+        "zero3.json: 12 ranks are no multiple of zero_optimization.zero_hpz_partition_size 8; set "
+        "it to the GPUs of one node"
+    )
+    for ranks in (2, 8, 16):
+        load_deepspeed(Path("zero3.json"), ranks)
+
+
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
@@ -167,6 +274,12 @@ def test_a_missing_key_is_refused(key: str, changes: dict[str, Any]) -> None:
         ),
         ("activation_checkpointing", {}, {"activation_checkpointing": {}}),
         ("wandb", {"enabled": True}, {"wandb": {"enabled": True}}),
+        ("compile", {"deepcompile": True}, {"compile": {"deepcompile": True}}),
+        (
+            "zero_optimization.leaf_module",
+            {},
+            {"zero_optimization": {"stage": 3, "leaf_module": {}}},
+        ),
     ],
 )
 def test_a_value_owned_elsewhere_is_refused(
@@ -206,8 +319,31 @@ def test_auto_is_refused_wherever_it_stands(key: str, changes: dict[str, Any]) -
         ({"gradient_clipping": -1}, "gradient_clipping must be at least 0, got -1.0"),
         (
             {"zero_optimization": {"stage": 4}},
-            "zero_optimization.stage must be 0, 1, 2 or 3, got 4",
+            "zero_optimization.stage must be 1, 2 or 3, got 4",
         ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_gradients must be false, got true; DeepSpeed 0.19.8 "
+            "reads every gradient as float16, whatever it is",
+        ),
+        (
+            {"bf16": {"check_grad_overflow": False}},
+            "bf16.check_grad_overflow must be true, got false; the stages 1 and 2 would put a "
+            "gradient that is not a number into the weights; stage 3 checks always",
+        ),
+        (
+            {"communication_data_type": "float32"},
+            'communication_data_type must be "fp32" or "bf16", got "float32"',
+        ),
+        (
+            {"optimizer": {"type": "AdamWW"}},
+            "optimizer.type must be one of adamw, adam, adagrad, lion, got 'AdamWW'",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 5e8}},
+            "zero_optimization.stage3_prefetch_bucket_size must be int, got 500000000.0",
+        ),
+        ({"zero_optimization": 3}, "zero_optimization must be dict, got 3"),
         (
             {"fp16": {"enabled": True}},
             "fp16.enabled must be false, got true; float16 needs loss scaling, which skips steps; "

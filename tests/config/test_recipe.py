@@ -123,6 +123,8 @@ def test_lists_become_tuples() -> None:
         ("optim.lr=2e-5", "optim.vision_lr=1e-7", "model.freeze=[head]", "deepspeed=a.json"),
         ("train.max_steps=null", "train.epochs=3", "eval.metrics=[]", "debug.deterministic=true"),
         ("run.out='2e-5'", "wandb.project='on'", "eval.pattern='A: {a}, {b:float}'"),
+        ("data.shards=[{path: a, weight: 0.25}, {path: b}]", "data.cost.token=2e-5"),
+        ("debug.profile_steps=[3, 9]", "model.vision_checkpointing=full"),
     ],
 )
 def test_a_dumped_run_recipe_loads_as_the_same_recipe(overrides: tuple[str, ...]) -> None:
@@ -188,7 +190,8 @@ def test_a_key_of_another_section_is_refused_with_its_section() -> None:
 
 def test_an_unknown_key_like_no_other_is_refused_with_the_keys_of_its_section() -> None:
     assert refusal(RUN + "debug: {42: 1}\n") == (
-        "unknown key 'debug.42' in demo.yaml; known are debug.deterministic"
+        "unknown key 'debug.42' in demo.yaml; known are debug.deterministic, debug.profile_steps, "
+        "debug.overfit_one_pack"
     )
 
 
@@ -236,35 +239,6 @@ def test_a_required_key_of_a_missing_section_is_named() -> None:
     assert refusal(RUN.replace("run: {out: runs/demo}", "")).startswith("missing key 'run.out'")
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.max_steps=ten", "train.max_steps must be int, got 'ten'"),
-        ("train.max_steps=true", "train.max_steps must be int, got True"),
-        ("train.max_steps=1.5", "train.max_steps must be int, got 1.5"),
-        ("data.max_tokens=null", "data.max_tokens must be int, got nothing"),
-        ("optim.lr=fast", "optim.lr must be float, got 'fast'"),
-        ("optim.lr=true", "optim.lr must be float, got True"),
-        ("optim.lr=.nan", "optim.lr must be float, got nan"),
-        ("optim.lr=[1]", "optim.lr must be float, got [1]"),
-        ("eval.blind=1", "eval.blind must be bool, got 1"),
-        ("run.out=2024", "run.out must be str, got 2024"),
-        ("eval=off", "eval must be a section with keys of its own, got False"),
-        ("model.freeze=vision", "model.freeze must be a list, [a, b], got 'vision'"),
-        ("eval.metrics=[a, 5]", "eval.metrics[1] must be str, got 5"),
-        ("model.attention=flash", "model.attention must be one of auto, sdpa, got 'flash'"),
-        (
-            "model.freeze=[tower]",
-            "model.freeze[0] must be one of vision, projector, language, embeddings, head, "
-            "got 'tower'",
-        ),
-    ],
-)
-def test_a_wrong_type_or_choice_is_refused(override: str, message: str) -> None:
-    hint = "; put it in quotes" if " str," in message else ""
-    assert override_refusal(override) == f"{message} in override {override!r}{hint}"
-
-
 def test_a_wrong_type_in_the_file_is_blamed_on_the_file() -> None:
     assert refusal(RUN.replace("max_steps: 10", "max_steps: ten")) == (
         "train.max_steps must be int, got 'ten' in demo.yaml"
@@ -303,52 +277,6 @@ def test_an_override_below_a_value_is_refused() -> None:
     assert override_refusal("deepspeed=a.json", "deepspeed.stage=3") == (
         "override 'deepspeed.stage=3' sets a key of 'deepspeed', which is 'a.json'"
     )
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("run.out=''", "run.out must not be empty, got ''"),
-        ("run.seed=-1", "run.seed must be at least 0, got -1"),
-        ("model.path=' '", "model.path must not be empty, got ' '"),
-        ("model.freeze=[head, head]", "model.freeze holds 'head' twice; keep one"),
-        ("data.shards=''", "data.shards must not be empty, got ''"),
-        ("data.max_tokens=0", "data.max_tokens must be at least 1, got 0"),
-        ("data.max_views=0", "data.max_views must be at least 1, got 0"),
-        ("data.window=0", "data.window must be at least 1, got 0"),
-        (
-            "optim.lr=0",
-            "optim.lr must be above 0, got 0.0; to keep a module as it is, name it in model.freeze",
-        ),
-        (
-            "optim.head_lr=-1",
-            "optim.head_lr must be above 0, got -1.0; "
-            "to keep a module as it is, name it in model.freeze",
-        ),
-        ("optim.weight_decay=-0.1", "optim.weight_decay must be at least 0, got -0.1"),
-        ("optim.warmup_steps=-1", "optim.warmup_steps must be at least 0, got -1"),
-        ("optim.min_lr_ratio=2", "optim.min_lr_ratio must be a share from 0 to 1, got 2.0"),
-        (
-            "train.epochs=2",
-            "exactly one of train.max_steps and train.epochs must be set, got both, 10 and 2",
-        ),
-        (
-            "train.max_steps=null",
-            "exactly one of train.max_steps and train.epochs must be set, got neither",
-        ),
-        ("train.max_steps=0", "train.max_steps must be at least 1, got 0"),
-        ("eval.split=''", "eval.split must not be empty, got ''"),
-        ("eval.metrics=[a, a]", "eval.metrics holds 'a' twice; keep one"),
-        ("eval.every=-1", "eval.every must be at least 0, got -1"),
-        ("eval.batch_rows=0", "eval.batch_rows must be at least 1, got 0"),
-        ("checkpoint.every=0", "checkpoint.every must be at least 1, got 0"),
-        ("checkpoint.keep=0", "checkpoint.keep must be at least 1, got 0"),
-        ("wandb.project=''", "wandb.project must not be empty, got ''"),
-        ("deepspeed=''", "deepspeed must not be empty, got ''"),
-    ],
-)
-def test_a_run_value_out_of_range_is_refused(override: str, message: str) -> None:
-    assert override_refusal(override) == f"{message} (in demo.yaml with {override})"
 
 
 def test_a_value_out_of_range_in_the_file_is_blamed_on_the_file() -> None:

@@ -1,9 +1,11 @@
 """Which parameters are trained, with what decay, and the shape of their learning rates."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,6 +19,7 @@ from phi3v.training.optimizer import (
     module_of,
     parameter_groups,
 )
+from phi3v.training.zero import set_learning_rates
 
 VISION = "model.vision_embed_tokens."
 TOWER = f"{VISION}img_processor.vision_model."
@@ -80,7 +83,7 @@ def test_groups_hold_each_trained_parameter_once(model: Phi3VForCausalLM) -> Non
     assert unused, "the tower's last layer is never computed, so it is not trained"
 
 
-def test_only_matrices_decay(model: Phi3VForCausalLM) -> None:
+def test_only_matrices_and_token_embeddings_decay(model: Phi3VForCausalLM) -> None:
     names = {id(p): name for name, p in trained(model).items()}
     still = [
         names[id(p)]
@@ -89,9 +92,22 @@ def test_only_matrices_decay(model: Phi3VForCausalLM) -> None:
         if group["weight_decay"] == 0
     ]
     ends = ("norm.weight", "norm1.weight", "norm2.weight", "layrnorm.weight", ".bias", "_GN")
-    expected = [n for n in names.values() if n.endswith((*ends, "class_embedding"))]
+    places = ("class_embedding", "position_embedding.weight")
+    expected = [n for n in names.values() if n.endswith((*ends, *places))]
     assert sorted(still) == sorted(expected)
     assert {f"{VISION}glb_GN", f"{VISION}sub_GN", "model.norm.weight"} < set(still)
+
+
+def test_a_parameter_divided_by_zero3_decays_by_its_whole_shape(model: Phi3VForCausalLM) -> None:
+    def decays() -> dict[int, float]:
+        groups = parameter_groups(model, recipe())
+        return {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+
+    before = decays()
+    for parameter in model.parameters():  # as deepspeed.zero.Init does
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert decays() == before
 
 
 def test_groups_carry_their_modules_rate_and_the_decay(model: Phi3VForCausalLM) -> None:
@@ -105,6 +121,37 @@ def test_groups_carry_their_modules_rate_and_the_decay(model: Phi3VForCausalLM) 
         ("head", 5e-4),
     }
     assert {g["weight_decay"] for g in groups} == {0.0, 0.1}
+    assert len(groups) == 2 + 2 + 2 + 1 + 1, "embeddings and head have nothing that does not decay"
+
+
+def test_each_tower_layer_learns_slower_than_the_one_above(model: Phi3VForCausalLM) -> None:
+    """The tower has 4 layers, of which the lower 3 are used."""
+    names = {id(p): name for name, p in trained(model).items()}
+    groups = parameter_groups(model, recipe(vision_lr=1e-4, vision_layer_decay=0.5))
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    for layer, expected in enumerate((0.25, 0.5, 1.0)):
+        prefix = f"{TOWER}encoder.layers.{layer}."
+        assert {scales.pop(name) for name in [*scales] if name.startswith(prefix)} == {expected}
+    below = {name for name, scale in scales.items() if scale < 1}
+    assert {name.removeprefix(TOWER) for name in below} == {
+        "embeddings.class_embedding",
+        "embeddings.patch_embedding.weight",
+        "embeddings.position_embedding.weight",
+        "pre_layrnorm.weight",
+        "pre_layrnorm.bias",
+    }
+    assert {scales[name] for name in below} == {0.125}
+    assert all(g["lr"] == 1e-4 * g["lr_scale"] for g in groups if g["name"] == "vision")
+
+
+def test_a_step_sets_each_group_its_share_of_its_modules_rate(model: Phi3VForCausalLM) -> None:
+    cfg = recipe(vision_lr=1e-4, vision_layer_decay=0.5, schedule="linear")
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
+    for step in (1, 6):
+        set_learning_rates(SimpleNamespace(optimizer=optimizer), learning_rates(step, 10, cfg))
+        for group in optimizer.param_groups:
+            peak = 1e-4 * group["lr_scale"] if group["name"] == "vision" else 1e-3
+            assert group["lr"] == pytest.approx(peak * (1 - step / 10))
 
 
 @pytest.mark.parametrize("frozen", [("vision",), ("language", "embeddings", "head"), MODULES[1:]])

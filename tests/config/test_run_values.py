@@ -1,0 +1,194 @@
+"""Every value of a run recipe has a type and a range; whatever is outside is named and refused."""
+
+from pathlib import Path
+
+import pytest
+
+from phi3v.config import RunConfig, load_recipe
+from phi3v.errors import ConfigError
+
+RUN = """
+run: {out: runs/demo}
+model: {path: models/tiny}
+data: {shards: shards/demo, max_tokens: 512}
+optim: {lr: 1.0e-4}
+train: {max_steps: 10}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put demo.yaml into an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text(RUN)
+
+
+def run(*overrides: str) -> RunConfig:
+    return load_recipe(RunConfig, Path("demo.yaml"), overrides)
+
+
+def override_refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run(*overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps=ten", "train.max_steps must be int, got 'ten'"),
+        ("train.max_steps=true", "train.max_steps must be int, got True"),
+        ("train.max_steps=1.5", "train.max_steps must be int, got 1.5"),
+        ("data.max_tokens=null", "data.max_tokens must be int, got nothing"),
+        ("optim.lr=fast", "optim.lr must be float, got 'fast'"),
+        ("optim.lr=true", "optim.lr must be float, got True"),
+        ("optim.lr=.nan", "optim.lr must be float, got nan"),
+        ("optim.lr=[1]", "optim.lr must be float, got [1]"),
+        ("eval.blind=1", "eval.blind must be bool, got 1"),
+        ("run.out=2024", "run.out must be str, got 2024"),
+        ("eval=off", "eval must be a section with keys of its own, got False"),
+        ("model.freeze=vision", "model.freeze must be a list, [a, b], got 'vision'"),
+        ("eval.metrics=[a, 5]", "eval.metrics[1] must be str, got 5"),
+        (
+            "model.attention=fast",
+            "model.attention must be one of auto, flash, varlen, sdpa, got 'fast'",
+        ),
+        (
+            "model.kernels=fused",
+            "model.kernels must be one of auto, compiled, eager, got 'fused'",
+        ),
+        ("model.loss=full", "model.loss must be one of auto, liger, chunked, got 'full'"),
+        (
+            "model.checkpointing=true",
+            "model.checkpointing must be one of none, selective, full, got True",
+        ),
+        (
+            "model.vision_checkpointing=all",
+            "model.vision_checkpointing must be one of none, selective, full, got 'all'",
+        ),
+        ("model.offload_activations=cpu", "model.offload_activations must be bool, got 'cpu'"),
+        ("data.shards=5", "data.shards must be str, got 5"),
+        (
+            "data.shards=[a]",
+            "data.shards[0] must be a section with keys of its own, got 'a'",
+        ),
+        (
+            "data.shards=[{path: a, weight: much}]",
+            "data.shards[0].weight must be float, got 'much'",
+        ),
+        ("data.cost.token=true", "data.cost.token must be float, got True"),
+        ("debug.profile_steps=3", "debug.profile_steps must be a list, [a, b], got 3"),
+        ("debug.profile_steps=[a]", "debug.profile_steps[0] must be int, got 'a'"),
+        ("debug.overfit_one_pack=1", "debug.overfit_one_pack must be bool, got 1"),
+        (
+            "model.freeze=[tower]",
+            "model.freeze[0] must be one of vision, projector, language, embeddings, head, "
+            "got 'tower'",
+        ),
+    ],
+)
+def test_a_wrong_type_or_choice_is_refused(override: str, message: str) -> None:
+    hint = "; put it in quotes" if " str," in message else ""
+    assert override_refusal(override) == f"{message} in override {override!r}{hint}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.out=''", "run.out must not be empty, got ''"),
+        ("run.seed=-1", "run.seed must be at least 0, got -1"),
+        ("model.path=' '", "model.path must not be empty, got ' '"),
+        ("model.freeze=[head, head]", "model.freeze holds 'head' twice; keep one"),
+        ("data.shards=''", "data.shards must not be empty, got ''"),
+        ("data.max_tokens=0", "data.max_tokens must be at least 1, got 0"),
+        ("data.max_views=0", "data.max_views must be at least 1, got 0"),
+        ("data.window=0", "data.window must be at least 1, got 0"),
+        ("data.window_steps=0", "data.window_steps must be at least 1, got 0"),
+        ("data.shards=[]", "data.shards must name at least one dataset folder, got []"),
+        (
+            "data.shards=[{path: a}, {path: a, weight: 2}]",
+            "data.shards holds 'a' twice; keep one",
+        ),
+        ("debug.profile_steps=[0]", "debug.profile_steps must be at least 1, got 0"),
+        ("debug.profile_steps=[3, 3]", "debug.profile_steps holds '3' twice; keep one"),
+        (
+            "optim.vision_layer_decay=0",
+            "optim.vision_layer_decay must be a factor above 0 and at most 1, got 0.0",
+        ),
+        (
+            "optim.vision_layer_decay=1.5",
+            "optim.vision_layer_decay must be a factor above 0 and at most 1, got 1.5",
+        ),
+        (
+            "optim.lr=0",
+            "optim.lr must be above 0, got 0.0; to keep a module as it is, name it in model.freeze",
+        ),
+        (
+            "optim.head_lr=-1",
+            "optim.head_lr must be above 0, got -1.0; "
+            "to keep a module as it is, name it in model.freeze",
+        ),
+        ("optim.weight_decay=-0.1", "optim.weight_decay must be at least 0, got -0.1"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps must be at least 0, got -1"),
+        ("optim.min_lr_ratio=2", "optim.min_lr_ratio must be a share from 0 to 1, got 2.0"),
+        (
+            "train.epochs=2",
+            "exactly one of train.max_steps and train.epochs must be set, got both, 10 and 2",
+        ),
+        (
+            "train.max_steps=null",
+            "exactly one of train.max_steps and train.epochs must be set, got neither",
+        ),
+        ("train.max_steps=0", "train.max_steps must be at least 1, got 0"),
+        ("eval.split=''", "eval.split must not be empty, got ''"),
+        ("eval.metrics=[a, a]", "eval.metrics holds 'a' twice; keep one"),
+        ("eval.every=-1", "eval.every must be at least 0, got -1"),
+        ("eval.batch_rows=0", "eval.batch_rows must be at least 1, got 0"),
+        ("checkpoint.every=0", "checkpoint.every must be at least 1, got 0"),
+        ("checkpoint.keep=0", "checkpoint.keep must be at least 1, got 0"),
+        ("wandb.project=''", "wandb.project must not be empty, got ''"),
+        ("deepspeed=''", "deepspeed must not be empty, got ''"),
+    ],
+)
+def test_a_run_value_out_of_range_is_refused(override: str, message: str) -> None:
+    assert override_refusal(override) == f"{message} (in demo.yaml with {override})"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.shards=[{path: ''}]", "data.shards.path must not be empty, got ''"),
+        (
+            "data.shards=[{path: a, weight: 0}]",
+            "data.shards.weight must be above 0, got 0.0; to leave a dataset out, remove it",
+        ),
+        ("data.cost.view=-1", "data.cost.view must be at least 0, got -1.0"),
+    ],
+)
+def test_a_value_out_of_range_deeper_down_is_refused(override: str, message: str) -> None:
+    assert override_refusal(override).startswith(f"{message} (in demo.yaml")
+
+
+def test_shards_are_one_folder_or_a_list_with_weights() -> None:
+    one = run("data.shards=a").data
+    assert (one.folders, [part.weight for part in one.parts]) == (("a",), [1.0])
+    many = run("data.shards=[{path: a, weight: 0.25}, {path: b}]").data
+    assert (many.folders, [part.weight for part in many.parts]) == (("a", "b"), [0.25, 1.0])
+
+
+def test_an_unknown_key_of_a_listed_dataset_is_refused() -> None:
+    assert override_refusal("data.shards=[{path: a, wieght: 2}]") == (
+        "unknown key 'data.shards[0].wieght' in override 'data.shards=[{path: a, wieght: 2}]'; "
+        "did you mean 'data.shards[0].weight'?"
+    )
+
+
+def test_the_tower_is_checkpointed_as_the_rest_unless_it_says_otherwise() -> None:
+    assert run("model.checkpointing=full").model.tower_checkpointing == "full"
+    apart = run("model.checkpointing=full", "model.vision_checkpointing=none").model
+    assert apart.tower_checkpointing == "none"
+
+
+def test_a_cost_is_given_when_any_of_its_keys_is() -> None:
+    assert not run().data.cost.is_given
+    assert run("data.cost.view=2").data.cost.is_given
