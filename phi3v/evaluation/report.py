@@ -9,7 +9,7 @@ a run did not measure is left out rather than shown empty.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -40,6 +40,21 @@ _DESCRIPTIONS = (
     ("exact_match", "rows whose whole answer is the same text"),
 )
 _RATES = ("accuracy", "exact_match", "rate", "mape")
+
+_FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("steps", "steps", "{:,}".format),
+    ("warmup_steps", "steps left out (a process's first: kernels compile)", "{:,}".format),
+    ("samples", "samples", "{:,}".format),
+    ("tokens", "tokens", "{:,}".format),
+    ("seconds", "time", lambda seconds: _duration(seconds)),
+    ("tokens_per_second", "tokens per second", "{:,.0f}".format),
+    ("views_per_second", "views per second", "{:,.1f}".format),
+    ("mfu", "model FLOPs utilisation", "{:.1%}".format),
+    ("packing", "packing: real tokens over budget", "{:.1%}".format),
+    ("balance", "balance: mean over max cost of the ranks", "{:.1%}".format),
+    ("data_wait", "waiting for data", "{:.2%}".format),
+    ("memory_gb", "peak memory, GB", "{:,.1f}".format),
+)
 
 Step = Mapping[str, Any]
 """One line of metrics.jsonl."""
@@ -72,7 +87,8 @@ def write_report(
     """Write the page, whole or not at all.
 
     steps     lines of metrics.jsonl in order; a value may be null or absent
-    summary   the content of summary.json: `metrics`, totals (top level or under `totals`), paths
+    summary   the content of summary.json: `metrics`, `throughput`, totals (top level or under
+              `totals`), paths
     facts     settings worth showing, by name
     """
     parts = (
@@ -80,6 +96,7 @@ def write_report(
         _metrics_section(summary.get("metrics") or {}),
         _charts_section(steps),
         _examples_section(examples),
+        facts_section("Throughput", _throughput(summary.get("throughput") or {})),
         facts_section("Settings", facts),
         facts_section("Totals", _totals(summary)),
     )
@@ -276,6 +293,15 @@ def _picture(image: np.ndarray | None, number: int) -> str:
 
 
 # Facts
+
+
+def _throughput(figures: Mapping[str, float | None]) -> dict[str, str]:
+    """Return the run's rates, in words; what is null or absent is left out."""
+    return {
+        label: text(value)
+        for name, label, text in _FIGURES
+        if (value := figures.get(name)) is not None
+    }
 
 
 def _totals(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -7,8 +7,9 @@ they fall to: every rank knows how many there are (the index says so), sums its 
 DeepSpeed's division by ranks and rounds is taken back.
 """
 
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from transformers import PreTrainedTokenizerFast
 from phi3v.config import DeepSpeedConfig, RunConfig
 from phi3v.data import Dataset
 from phi3v.data.batch import model_inputs
-from phi3v.data.loader import Loader, Step
-from phi3v.data.packing import Budget, PackPlan, check_fits
+from phi3v.data.loader import Loader, OnePack, Step
+from phi3v.data.mixture import Mixture, open_datasets
+from phi3v.data.packing import Budget, Plan, check_fits
+from phi3v.errors import ConfigError
 from phi3v.evaluation.evaluate import Evaluation, evaluate, open_held_out
 from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.models import check_model
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.execution import Execution, choose_execution
 from phi3v.model.weights import WeightFiles, load_weights
-from phi3v.progress import progress
 from phi3v.training import zero
 from phi3v.training.checkpoint import Progress, restore, save
-from phi3v.training.metering import Meter
+from phi3v.training.console import Console
+from phi3v.training.metering import Meter, sample_costs
 from phi3v.training.optimizer import freeze, learning_rates, parameter_groups
+from phi3v.training.profile import profiled
 from phi3v.training.ranks import Ranks
 from phi3v.training.results import write_results
 from phi3v.training.run_folder import RunFolder
@@ -45,10 +50,11 @@ class Run:
     ds: DeepSpeedConfig
     ranks: Ranks
     folder: RunFolder
-    dataset: Dataset
-    plan: PackPlan
+    dataset: Dataset | Mixture
+    plan: Plan
     total_steps: int
     device: torch.device
+    execution: Execution
 
 
 def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> None:
@@ -68,10 +74,13 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> None:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(cfg.run.seed)
     model = load_model(cfg, ds)
+    model.set_execution(run.execution)
     engine = zero.build_engine(model, parameter_groups(model, cfg), ds)
     done = restore(engine, run.folder.checkpoints)
     if ranks.is_first:
-        run.folder.write_origin(cfg, ds, describe_data(run.dataset), ranks.world_size)
+        print(run.execution, file=sys.stderr)
+        data = describe_data(run.dataset)
+        run.folder.write_origin(cfg, ds, data, ranks.world_size, asdict(run.execution))
         run.folder.keep_metrics(done.step)
     tracker = Tracker(cfg, run.folder.path, ranks.is_first)
     done = run_steps(run, engine, done, tracker)
@@ -86,84 +95,104 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     """Check everything that can be checked before anything slow starts."""
     folder = RunFolder(Path(cfg.run.out))
     folder.check_recipe(cfg, ds)
-    dataset = Dataset(cfg.data.shards, "train")
-    check_model(dataset, cfg.model.path)
+    dataset = open_datasets(cfg.data.folders, "train", [part.weight for part in cfg.data.parts])
+    if not len(dataset):
+        raise ConfigError(
+            f"{', '.join(cfg.data.folders)} has no rows in split 'train', so there is nothing to "
+            "train on; prepare it with a smaller split.validation, or from more rows"
+        )
+    for part in dataset.datasets:
+        check_model(part, cfg.model.path)
     if cfg.eval.rows:
-        open_held_out(cfg.data.shards, cfg.eval)
-    budget = Budget(cfg.data.max_tokens, cfg.data.max_views, cfg.data.window)
-    plan = PackPlan(dataset.fingerprint, cfg.run.seed, dataset.tokens, dataset.views, budget)
+        open_held_out(cfg.data.folders, cfg.eval)
+    plan = plan_steps(cfg, ds, dataset)
     check_fits(plan, lambda index: dataset[index].id)
     steps = cfg.train.max_steps
     if steps is None:
         assert cfg.train.epochs is not None
-        steps = -(-plan.count(cfg.train.epochs) // ds.train_batch_size)
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else "cpu"
-    return Run(cfg, ds, ranks, folder, dataset, plan, steps, torch.device(device))
+        steps = plan.count(cfg.train.epochs)
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if has_cuda else torch.device("cpu")
+    execution = choose_execution(cfg.model, device, dtype_of(ds))
+    return Run(cfg, ds, ranks, folder, dataset, plan, steps, device, execution)
+
+
+def plan_steps(cfg: RunConfig, ds: DeepSpeedConfig, dataset: Dataset | Mixture) -> Plan:
+    """The sequence of steps: which samples share a pack, and which packs a step."""
+    config = Phi3VConfig.from_pretrained(cfg.model.path)
+    return Plan(
+        dataset.fingerprint,
+        cfg.run.seed,
+        dataset.tokens,
+        dataset.views,
+        sample_costs(config, dataset, cfg.data.cost, cfg.model.freeze),
+        Budget(cfg.data.max_tokens, cfg.data.max_views, cfg.data.window),
+        ds.train_batch_size,
+        cfg.data.window_steps,
+        dataset.parts,
+    )
 
 
 def load_model(cfg: RunConfig, ds: DeepSpeedConfig) -> Phi3VForCausalLM:
-    """The model in training mode, in the JSON's precision, with frozen parts and checkpointing."""
-    dtype = torch.bfloat16 if ds.bf16 else torch.float32
+    """The model in training mode, in the JSON's precision, with frozen parts."""
     with torch.device("meta"):
         model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(cfg.model.path))
     with WeightFiles(cfg.model.path) as files:
         if ds.zero_stage == 3:
-            zero.load_partitioned(model, files, dtype, ds)
+            zero.load_partitioned(model, files, dtype_of(ds), ds)
         else:
-            load_weights(model, files, dtype)
+            load_weights(model, files, dtype_of(ds))
     freeze(model, cfg.model.freeze)
-    if cfg.model.checkpointing == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def dtype_of(ds: DeepSpeedConfig) -> torch.dtype:
+    """What the JSON lets the model compute in."""
+    return torch.bfloat16 if ds.bf16 else torch.float32
 
 
 def run_steps(run: Run, engine: Any, done: Progress, tracker: Tracker) -> Progress:
     """Train until the last step; save and evaluate on the way."""
-    cfg, is_first = run.cfg, run.ranks.is_first
-    loader = Loader(
-        run.dataset, run.plan, run.ds.train_batch_size, run.ranks.rank, run.ranks.world_size
-    )
-    meter = Meter(run.dataset, engine.module.config, cfg, run.ds, run.ranks.world_size, run.device)
+    cfg, ranks = run.cfg, run.ranks
+    plan = OnePack(run.plan) if cfg.debug.overfit_one_pack else run.plan
+    loader = Loader(run.dataset, plan, ranks.rank, ranks.world_size, run.device)
+    meter = Meter(run.dataset, engine.module.config, cfg, run.ds, ranks.world_size, run.device)
     steps = loader.steps(done.position, cfg.train.epochs)
-    bar = progress(
-        None, "train", "step", total=run.total_steps, initial=done.step, disable=not is_first
-    )
+    console = Console(run.total_steps, done.step, ranks.is_first)
     while done.step < run.total_steps:
         began = time.perf_counter()
         step = next(steps)
         number = done.step + 1
         rates = learning_rates(number, run.total_steps, cfg)
-        loss, norm = train_step(run, engine, step, rates)
+        with profiled(run.folder.profile, number, cfg.debug.profile_steps, ranks.rank):
+            loss, norm = train_step(run, engine, loader, step, rates)
         metrics: dict[str, Any] = {"step": number, "epoch": step.epoch, "loss": loss}
         metrics |= {"grad_norm": norm, "lr": rates}
         metrics |= meter.measure(step, time.perf_counter() - began)
         done = Progress(number, step.after)
-        if is_first:
+        if ranks.is_first:
             run.folder.add_metrics(metrics)
-            bar.set_postfix_str(
-                f"loss {loss:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s", False
-            )
-            bar.update()
+        console.step(metrics)
         tracker.log(number, {"train": metrics})
         if number < run.total_steps:
             if number % cfg.checkpoint.every == 0:
-                save(engine, run.folder.checkpoints, done, cfg.checkpoint.keep, is_first)
+                save(engine, run.folder.checkpoints, done, cfg.checkpoint.keep, ranks.is_first)
             if cfg.eval.rows and cfg.eval.every and number % cfg.eval.every == 0:
                 report(run, run_evaluation(run, engine), done, tracker, is_finished=False)
     steps.close()
-    bar.close()
+    console.close()
     return done
 
 
 def train_step(
-    run: Run, engine: Any, step: Step, rates: dict[Any, float]
+    run: Run, engine: Any, loader: Loader, step: Step, rates: dict[Any, float]
 ) -> tuple[float | None, float | None]:
     """One optimizer step: the mean loss over its trained tokens, and the gradient's norm."""
     trained = sum(int(run.dataset.label_tokens[pack].sum()) for pack in step.packs)
     undo = run.ranks.world_size * run.ds.accumulation  # what DeepSpeed will divide by
     zero.set_learning_rates(engine, rates)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    for batch in step.batches:
+    for batch in loader.on_device(step.batches):
         loss = engine(**model_inputs(batch, run.dataset.view_settings, run.device))
         engine.backward(loss * (undo / max(1, trained)))
         engine.step()
@@ -177,11 +206,11 @@ def _is_finished(run: Run) -> bool:
     return bool(summary.get("is_finished")) and summary["steps"] >= run.total_steps
 
 
-def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """What the run is trained on: folder, fingerprint, sizes."""
+def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
+    """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe)."""
     sizes = ("samples", "tokens", "label_tokens", "image_tokens", "views")
     return {
-        "shards": str(dataset.folder),
+        "shards": ", ".join(str(part.folder) for part in dataset.datasets),
         "fingerprint": dataset.fingerprint,
         **{name: dataset.entry[name] for name in sizes},
     }
@@ -209,7 +238,7 @@ def run_evaluation(run: Run, engine: Any) -> Evaluation:
     )
     ranks = run.ranks
     return evaluate(
-        generator, cfg.data.shards, cfg.eval, ranks.rank, ranks.world_size, zero.gather_objects
+        generator, cfg.data.folders, cfg.eval, ranks.rank, ranks.world_size, zero.gather_objects
     )
 
 

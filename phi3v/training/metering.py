@@ -1,102 +1,174 @@
-"""What a step cost: model FLOPs, and the share of the hardware's peak (MFU)."""
+"""What samples cost and what a step achieved: model FLOPs, their share of the peak (MFU), rates.
 
+    costs = sample_costs(config, dataset, cfg.data.cost, cfg.model.freeze)  # for data.packing.Plan
+    metrics |= meter.measure(step, seconds)
+
+There is one formula, `sample_flops`; what a pack, a step or a run costs is a sum of it. It leaves
+out the blank view that a pack without images runs through the tower, which is no useful work: with
+the published sizes as much as 49 trained tokens are.
+"""
+
+import re
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from phi3v.config import MODULES, DeepSpeedConfig, RunConfig
-from phi3v.data import Dataset
+from phi3v.config.schema import CostSection
 from phi3v.data.loader import Step
 from phi3v.model import Phi3VConfig
 
-# Dense bf16 peak of a device in FLOP/s, by a word of its name. MFU is null for any other.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Dense bf16 peak in FLOP/s by words of a device's name; the first line that fits counts.
+# Source: NVIDIA's data sheets of these products; half of a figure that is given with sparsity.
+PEAKS = {
+    "MIG": None,  # a slice of a device, with a slice of its peak
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "A40": 149.7e12,
+}
 
 
-@dataclass(frozen=True)
+class Lengths(Protocol):
+    """What is known of all samples before any is read, each (samples,); a Dataset or a Mixture."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def label_tokens(self) -> np.ndarray: ...
+    @property
+    def views(self) -> np.ndarray: ...
+    @property
+    def image_tokens(self) -> np.ndarray: ...
+
+
 class Meter:
-    """Turns a step and its seconds into the numbers of metrics.jsonl."""
+    """Turns each step of this process and its seconds into the numbers of metrics.jsonl."""
 
-    dataset: Dataset
-    config: Phi3VConfig
-    cfg: RunConfig
-    ds: DeepSpeedConfig
-    world_size: int
-    device: torch.device
+    def __init__(
+        self,
+        dataset: Lengths,
+        config: Phi3VConfig,
+        cfg: RunConfig,
+        ds: DeepSpeedConfig,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self._dataset, self._world_size, self._device = dataset, world_size, device
+        self._max_tokens, frozen = cfg.data.max_tokens, cfg.model.freeze
+        self._flops = dataset_flops(config, dataset, frozen)
+        self._costs = sample_costs(config, dataset, cfg.data.cost, frozen)
+        self._peak = device_peak(device) if ds.bf16 else None
+        self._num_measured = 0
 
     def measure(self, step: Step, seconds: float) -> dict[str, Any]:
-        """Counts over all ranks; seconds and memory of this one."""
-        samples = np.concatenate(step.packs)
-        tokens = int(self.dataset.tokens[samples].sum())
-        costs = [self._flops(pack) for pack in step.packs]
-        flops, peak = sum(costs), device_peak(self.device)
+        """Counts, rates and balance over all ranks; seconds, data wait and memory of this one.
+
+        Rank 0, whose numbers are kept, takes the dearest pack of every round, so its peak memory is
+        the largest or close to it; to ask all ranks would be one more collective in every step.
+        `is_warmup` marks the process's first step, in which kernels are compiled and chosen.
+        """
+        samples, data = np.concatenate(step.packs), self._dataset
+        tokens, views = int(data.tokens[samples].sum()), int(data.views[samples].sum())
+        flops = float(self._flops[samples].sum())
+        self._num_measured += 1
         return {
             "samples": len(samples),
             "tokens": tokens,
-            "label_tokens": int(self.dataset.label_tokens[samples].sum()),
-            "views": int(self.dataset.views[samples].sum()),
+            "label_tokens": int(data.label_tokens[samples].sum()),
+            "views": views,
             "step_seconds": seconds,
             "data_wait_seconds": step.wait_seconds,
             "tokens_per_second": tokens / seconds,
             "flops": flops,
-            "mfu": flops / (seconds * self.world_size * peak) if peak else None,
-            "memory_gb": self._memory(),
-            "packing": tokens / (len(step.packs) * self.cfg.data.max_tokens),
-            "balance": self._balance(costs),
+            "mfu": flops / (seconds * self._world_size * self._peak) if self._peak else None,
+            "memory_gb": peak_memory(self._device),
+            "packing": tokens / (len(step.packs) * self._max_tokens),
+            "balance": balance([self._costs[pack].sum() for pack in step.packs], self._world_size),
+            "views_per_second": views / seconds,
+            "is_warmup": self._num_measured == 1,
         }
 
-    def _flops(self, pack: np.ndarray) -> float:
-        data = self.dataset
-        trained, views = int(data.label_tokens[pack].sum()), int(data.views[pack].sum())
-        image_tokens = int(data.image_tokens[pack].sum())
-        frozen = self.cfg.model.freeze
-        return step_flops(self.config, data.tokens[pack], trained, views, image_tokens, frozen)
 
-    def _balance(self, costs: Sequence[float]) -> float:
-        """Mean over maximum cost of the packs that run side by side, over the step's rounds."""
-        rounds = np.array(costs).reshape(-1, self.world_size)
-        return float(rounds.mean() * len(rounds) / max(rounds.max(axis=1).sum(), 1))
+def balance(costs: Sequence[float], world_size: int) -> float:
+    """Mean over maximum cost of the packs that run side by side, over all rounds of a step.
 
-    def _memory(self) -> float:
-        """Peak memory of this rank so far, in GB: the device's, or the process's on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e9
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    costs  of the step's packs; those of a round follow each other
+    """
+    rounds = np.reshape(costs, (-1, world_size))
+    longest = rounds.max(axis=1).sum() * world_size
+    return float(rounds.sum() / longest) if longest else 1.0
 
 
-def step_flops(
+def sample_costs(
+    config: Phi3VConfig, dataset: Lengths, cost: CostSection, frozen: Sequence[str] = ()
+) -> np.ndarray:
+    """What each sample is expected to take, by which packs are grouped and balance is measured.
+
+    cost     the recipe's `data.cost`: its linear form, or model FLOPs where it is not given
+    returns  (samples,) float64, in the recipe's unit or FLOPs
+    """
+    if not cost.is_given:
+        return dataset_flops(config, dataset, frozen)
+    tokens = dataset.tokens.astype(np.float64)
+    return (
+        cost.token * tokens
+        + cost.token_pair * tokens**2
+        + cost.view * dataset.views
+        + cost.label_token * dataset.label_tokens
+    )
+
+
+def dataset_flops(config: Phi3VConfig, dataset: Lengths, frozen: Sequence[str]) -> np.ndarray:
+    """Model FLOPs of training on each sample of a dataset, float64 (samples,)."""
+    counts = dataset.label_tokens, dataset.views, dataset.image_tokens
+    return sample_flops(config, dataset.tokens, *counts, frozen)
+
+
+def sample_flops(
     config: Phi3VConfig,
     tokens: np.ndarray,
-    label_tokens: int,
-    views: int,
-    image_tokens: int,
+    label_tokens: np.ndarray,
+    views: np.ndarray,
+    image_tokens: np.ndarray,
     frozen: Sequence[str] = (),
-) -> float:
-    """Model FLOPs of training on some samples, forward and backward.
+) -> np.ndarray:
+    """Model FLOPs of training on each sample, forward and backward.
 
     tokens        (samples,) lengths; attention counts its causal half
-    label_tokens  positions where logits are made
+    label_tokens  (samples,) positions where logits are made
+    views         (samples,) views in the tower
+    image_tokens  (samples,) positions that the projector fills
+    returns       (samples,) float64
+
     A matrix of n weights costs 2n per token forward and 4n backward: half of that for its own
     gradient, which a frozen part does not need, half for the gradient of what comes in, which is
     needed where something below it is trained. Padding and recomputation are never counted.
     """
+    tokens, label_tokens, views, image_tokens = (
+        np.asarray(counts, dtype=np.float64)
+        for counts in (tokens, label_tokens, views, image_tokens)
+    )
     width, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     keys = width * config.num_key_value_heads // config.num_attention_heads
     matrices = layers * (2 * width * width + 2 * width * keys + 3 * width * mlp)
-    language = 2 * matrices * int(tokens.sum())
-    attention = 2 * layers * width * float(np.square(tokens.astype(np.float64)).sum())
-    head = 2 * width * config.vocab_size * label_tokens
     trained = {name for name in MODULES if name not in frozen}
     pictures = bool(trained & {"vision", "projector"})
     body = pictures or bool(trained & {"embeddings", "language"})
     return (
-        head * (1 + body + ("head" in trained))
-        + language * (1 + body + ("language" in trained))
-        + attention * (1 + 2 * body)
+        label_tokens * 2 * width * config.vocab_size * (1 + body + ("head" in trained))
+        + tokens * 2 * matrices * (1 + body + ("language" in trained))
+        + tokens**2 * 2 * layers * width * (1 + 2 * body)
         + image_tokens * projector_flops(config) * (1 + pictures + ("projector" in trained))
         + views * view_flops(config) * (3 if "vision" in trained else 1)
     )
@@ -119,8 +191,15 @@ def projector_flops(config: Phi3VConfig) -> float:
 
 
 def device_peak(device: torch.device) -> float | None:
-    """Peak FLOP/s of one device in bf16, None where it is not known."""
+    """Dense peak FLOP/s of one device in bf16, None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for word, peak in PEAKS.items() if word in name), None)
+    words = set(re.split("[ -]", torch.cuda.get_device_name(device)))
+    return next((peak for name, peak in PEAKS.items() if words.issuperset(name.split())), None)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process so far, in GB: the device's, or on a CPU the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

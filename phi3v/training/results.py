@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from phi3v.config import RunConfig
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.report import write_report
@@ -23,6 +25,7 @@ def write_results(
         "is_finished": is_finished,
         "steps": step,
         "totals": totals(steps),
+        "throughput": throughput(steps),
         "paths": {"report": str(folder.path / REPORT), "checkpoints": str(folder.checkpoints)},
         "evaluation_loss": evaluation.loss if evaluation else None,
         "metrics": {n: s.as_dict() for n, s in evaluation.scores.items()} if evaluation else {},
@@ -42,13 +45,55 @@ def totals(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: sum(step[name] for step in steps) for name in names}
 
 
+def throughput(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """How fast the run was, over all its steps but the first of each process, which compiles.
+
+    steps    lines of metrics.jsonl, so restarts make no difference
+    returns  counts and `seconds` of the steps that count, `warmup_steps` those left out; rates over
+             all ranks; `mfu`, `packing`, `balance` and `data_wait` as shares of 1; `memory_gb` the
+             largest of all steps; None where there is nothing to tell
+
+    A second is one in a step: saving and evaluation are outside.
+    """
+    counted = [step for step in steps if not step.get("is_warmup")]  # older lines have no mark
+    sums = {
+        name: sum(step[name] for step in counted)
+        for name in ("samples", "tokens", "views", "step_seconds", "data_wait_seconds")
+    }
+
+    def rate(name: str) -> float | None:
+        return sums[name] / sums["step_seconds"] if counted else None
+
+    def mean(name: str, weight: str | None = None) -> float | None:
+        values = [step[name] for step in counted]
+        weights = [step[weight] for step in counted] if weight else None
+        return None if not values or None in values else float(np.average(values, weights=weights))
+
+    return {
+        "warmup_steps": len(steps) - len(counted),
+        "steps": len(counted),
+        "samples": sums["samples"],
+        "tokens": sums["tokens"],
+        "seconds": sums["step_seconds"],
+        "tokens_per_second": rate("tokens"),
+        "views_per_second": rate("views"),
+        "mfu": mean("mfu", weight="step_seconds"),  # all FLOPs over all seconds
+        "packing": mean("packing"),  # every step has the same budget
+        "balance": mean("balance", weight="step_seconds"),  # work over work and waiting
+        "data_wait": rate("data_wait_seconds"),
+        "memory_gb": max((step["memory_gb"] for step in steps), default=None),
+    }
+
+
 def facts(folder: RunFolder, cfg: RunConfig) -> dict[str, str]:
     """The settings that a reader of the report asks for first."""
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     data = json.loads((folder.path / "data.json").read_text(encoding="utf-8"))
+    parts = cfg.data.parts
+    shards = ", ".join(p.path if p.weight == 1 else f"{p.path} x {p.weight:g}" for p in parts)
     return {
         "model": cfg.model.path,
-        "shards": f"{cfg.data.shards} ({data['samples']:,} samples, {data['fingerprint'][:12]})",
+        "shards": f"{shards} ({data['samples']:,} samples, {data['fingerprint'][:12]})",
         "pack": f"{cfg.data.max_tokens:,} tokens, {cfg.data.max_views} views at most",
         "learning rate": f"{cfg.optim.lr:g}, {cfg.optim.schedule}",
         "device": f"{environment['ranks']} x {environment['device']}",

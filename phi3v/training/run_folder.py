@@ -23,8 +23,15 @@ CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
 )
 METRICS, SUMMARY, REPORT = "metrics.jsonl summary.json report.html".split()
 # A folder that was moved is the same run; the DeepSpeed JSON is compared by what is in it.
-CHANGEABLE = ("run.out", "deepspeed", "train.max_steps", "eval.", "wandb.", "checkpoint.")
-PACKAGES = ("phi3v", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "pillow", "wandb")
+CHANGEABLE = (
+    *("run.out", "deepspeed", "train.max_steps", "eval.", "wandb.", "checkpoint."),
+    *("model.checkpointing", "model.vision_checkpointing", "model.offload_activations"),
+    "debug.profile_steps",
+)
+PACKAGES = (
+    *("phi3v", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "pillow", "wandb"),
+    *("flash-attn", "liger-kernel"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     def lock(self) -> IO[str]:
         """Become the owner of the folder until the returned file is closed or the process ends.
@@ -76,12 +87,18 @@ class RunFolder:
             )
 
     def write_origin(
-        self, cfg: RunConfig, ds: DeepSpeedConfig, data: dict[str, Any], world_size: int
+        self,
+        cfg: RunConfig,
+        ds: DeepSpeedConfig,
+        data: dict[str, Any],
+        world_size: int,
+        execution: dict[str, Any] | None = None,
     ) -> None:
-        """Write what the run is made of: resolved config, DeepSpeed JSON, versions, data."""
+        """Write what the run is made of: config, DeepSpeed JSON, versions, kernels, data."""
         write_text(self.path / CONFIG, dump_yaml(cfg))
         write_json(self.path / DEEPSPEED, ds.json)
-        write_json(self.path / ENVIRONMENT, describe_environment(world_size))
+        environment = describe_environment(world_size) | {"execution": execution}
+        write_json(self.path / ENVIRONMENT, environment)
         write_json(self.path / DATA, data)
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -150,6 +150,24 @@ def test_totals_and_settings_are_listed(render):
         assert shown in text
 
 
+def test_the_throughput_is_told_without_what_was_not_measured(render):
+    figures = {
+        "warmup_steps": 2,
+        "steps": 1198,
+        "seconds": 7260.0,
+        "tokens_per_second": 12345.6,
+        "views_per_second": 78.91,
+        "mfu": None,
+        "packing": 0.9912,
+        "data_wait": 0.0034,
+    }
+    text = render(summary={"throughput": figures}).text
+    for shown in ("1,198", "2 h 01 min", "12,346", "78.9", "99.1%", "0.34%", "kernels compile"):
+        assert shown in text
+    assert "utilisation" not in text and "balance" not in text
+    assert "Throughput" not in render(summary={}).text
+
+
 def test_a_run_without_anything_still_gives_a_page(render):
     page = render(steps=[], summary={}, examples=[], facts={})
     assert not page.all("svg") and not page.all("table") and "products & more" in page.text

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepspeed
+from phi3v.data.packing import Position
 from phi3v.errors import ConfigError, ShardError
 from phi3v.prepare import prepare
 from phi3v.training.loop import Run, open_run, train
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder
-from tests.tiny import make_model, product_recipe
+from tests.tiny import make_model, product_recipe, write_samples
 
 DEEPSPEED = load_deepspeed(default_deepspeed(has_cuda=False), world_size=2)
 RANKS = Ranks(rank=0, world_size=2, local_rank=0, local_size=2)
@@ -48,9 +49,9 @@ def test_a_sound_recipe_opens_and_writes_nothing(values: dict[str, Any], tmp_pat
 
 def test_whole_epochs_are_as_many_steps_as_their_packs_fill(values: dict[str, Any]) -> None:
     run = opened(values | {"train": {"epochs": 3}})
-    packs = sum(len(run.plan.epoch(epoch)) for epoch in range(3))
-    assert packs % DEEPSPEED.train_batch_size, "the last step must have fewer packs"
-    assert run.total_steps == packs // DEEPSPEED.train_batch_size + 1
+    steps = list(run.plan.steps(Position(), epochs=3))
+    assert run.total_steps == len(steps) > 3
+    assert {len(step.packs) for step in steps} == {DEEPSPEED.train_batch_size}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,12 @@ def test_an_evaluation_without_rows_is_refused(
 def test_a_split_that_is_not_there_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ShardError, match="has no split 'test', it has: train, validation"):
         opened(values, "eval.split=test")
+
+
+def test_a_training_split_without_rows_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    shards = write_samples(tmp_path / "empty", [])
+    message = refusal(values, f"data.shards={shards}", "eval.rows=0")
+    assert message.startswith(f"{shards} has no rows in split 'train', so there is nothing to ")
 
 
 def test_a_sample_larger_than_a_pack_is_refused(values: dict[str, Any]) -> None:

@@ -1,0 +1,73 @@
+"""What rank 0 says about its steps: one live line on a terminal, a line now and then in a log.
+
+step 120/1000, 1:02:40 left, loss 1.284, lr 2e-05, 12,345 tokens/s, MFU 41.2%, packed 99.1%
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from phi3v.progress import progress
+
+LOG_SECONDS = 30.0  # between lines where nobody watches; the first and the last step have theirs
+
+
+class Console:
+    """Shows the steps of this process as they are done; silent on all ranks but the first.
+
+    total_steps  of the whole run
+    done         steps that were done before
+    """
+
+    def __init__(self, total_steps: int, done: int, is_first: bool) -> None:
+        self._total, self._is_first = total_steps, is_first
+        self._is_live = is_first and sys.stderr.isatty()
+        settings = {"initial": done, "disable": not self._is_live, "bar_format": "{desc}"}
+        self._bar = progress(None, "train", "step", total_steps, **settings)
+        self._first: tuple[int, float] | None = None  # number and end of the first step here
+        self._shown = -math.inf
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Show a step by its line of metrics.jsonl."""
+        if not self._is_first:
+            return
+        number, now = metrics["step"], time.monotonic()
+        self._first = self._first or (number, now)
+        line = describe(metrics, self._total, self._seconds_left(number, now))
+        if self._is_live:
+            self._bar.set_description_str(line, refresh=False)
+            self._bar.update()
+        elif now - self._shown >= LOG_SECONDS or number == self._total:
+            self._shown = now
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the live line as it is, and the cursor below it."""
+        self._bar.close()
+
+    def _seconds_left(self, number: int, now: float) -> float | None:
+        """By the time from step to step, evaluations included; not the first, which compiles."""
+        assert self._first is not None
+        first, since = self._first
+        if number == first:
+            return None
+        return (now - since) / (number - first) * (self._total - number)
+
+
+def describe(metrics: Mapping[str, Any], total: int, seconds_left: float | None) -> str:
+    """A step in one line, the most important first: a narrow terminal cuts its end off."""
+    loss, mfu = metrics["loss"], metrics["mfu"]
+    parts = (
+        f"step {metrics['step']}/{total}",
+        "" if seconds_left is None else f"{tqdm.format_interval(seconds_left)} left",
+        "loss not finite" if loss is None else f"loss {loss:.3f}",
+        f"lr {max(metrics['lr'].values()):.3g}",  # of the module that learns fastest
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        "" if mfu is None else f"MFU {mfu:.1%}",
+        f"packed {metrics['packing']:.1%}",
+    )
+    return ", ".join(part for part in parts if part)
