@@ -1,18 +1,27 @@
 """Every benchmark runs, small, and prints its sides beside each other; none is timed here."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from scipy.optimize import nnls
+
+from phi3v.config.schema import CostSection
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
+    "cost.py": ["--packs=8", "--repeats=1", "--tokens=128", "--num_crops=4", "--freeze", "vision"],
     "prepare.py": ["--images=1", "--repeats=1", "--width=640"],
     "workers.py": ["--rows=20", "--repeats=1", "--num_crops=4"],
     "reading.py": ["--samples=3", "--repeats=1"],
     "index.py": ["--samples=1000", "--repeats=1"],
     "codecs.py": ["--repeats=1"],
+    "packing.py": ["--samples=2000", "--repeats=1"],
+    "loader.py": ["--samples=4", "--repeats=1", "--steps=3", "--seconds=0.01"],
 }
 
 pytestmark = pytest.mark.slow
@@ -45,3 +54,42 @@ def test_preparing_is_compared_with_the_published_work() -> None:
 
 def test_workers_are_compared_with_one() -> None:
     assert [line.split()[0] for line in lines_of("workers.py")[2:]] == ["1", "2", "ratio"]
+
+
+def test_waits_and_rates_of_the_loader_stand_beside_reading_in_turn() -> None:
+    sides = [line.split()[:2] for line in lines_of("loader.py")[1:]]
+    assert sides[:2] == [["wait", "loader"], ["wait", "in"]]
+    assert sides[3:6] == [["raw", "loader"], ["raw", "in"], ["raw", "ratio"]]
+
+
+def test_costs_are_predicted_beside_flops_and_printed_for_a_recipe() -> None:
+    lines = lines_of("cost.py")[2:]
+    assert [line[:16].strip() for line in lines[1:4]] == ["FLOPs", "FLOPs and pack", "fitted"]
+    ((section, values),) = yaml.safe_load(lines[-1]).items()
+    assert section == "data" and CostSection(**{k: float(v) for k, v in values["cost"].items()})
+
+
+def test_fitted_costs_are_the_best_without_a_negative_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    fit = runpy.run_path(str(ROOT / "benchmarks/cost.py"))["fit"]
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        columns = random.random((30, 4)) * 10.0 ** random.integers(-3, 9, 4)
+        exact = random.random(4) / columns.max(axis=0)
+        assert fit(columns, columns @ exact) == pytest.approx(exact, rel=1e-6)
+        seconds = np.abs(columns @ (exact * random.choice([-1, 1], 4))) + 0.05 + random.random(30)
+        relative = columns / seconds[:, None]
+        _, least = nnls(relative / relative.max(axis=0), np.ones(30))
+        found = fit(columns, seconds)
+        assert (found >= 0).all()
+        assert np.linalg.norm(relative @ found - 1) == pytest.approx(least, rel=1e-9)
+
+
+def test_packing_is_compared_with_padding_and_with_chance() -> None:
+    """Of each mixture: its packing, its balance on three numbers of ranks, its bias."""
+    lines = lines_of("packing.py")[2:]
+    mixtures = ["any, 4", "any, 16", "photos, 4", "photos, 16"]
+    names = [line[:16].strip() for line in lines]
+    assert [names.count(mixture) for mixture in mixtures] == [5] * 4
+    packed = [line[16:40].split() for line in lines[lines.index("") + 3 :][:4]]
+    assert all(float(padded) < float(ours) <= 1 for padded, ours in packed)
