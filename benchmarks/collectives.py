@@ -3,8 +3,8 @@
     python benchmarks/collectives.py
 
 The model has the published widths and two layers of each kind; a micro-step is one sample with an
-image, forward and backward, its gradients reduced. Counted by torch's profiler, on the second
-micro-step (in the first ZeRO-3 learns the order of modules). `stock` is transformers' layers under
+image, forward and backward, its gradients reduced. Counted by torch's profiler, on the third
+micro-step (in the first ZeRO-3 learns the order of modules, in the second it compares it). `stock` is transformers' layers under
 DeepSpeed's defaults for stage 3; `ours` is our layers, gathered one at a time, under
 ds_configs/zero3.json. About 12 GB.
 """
@@ -64,7 +64,7 @@ def launch(side: str, width: int, out: Path) -> dict[str, int]:
 
 
 def count_side(arguments: argparse.Namespace) -> None:
-    """On one rank: build the engine, and count what the second micro-step sends."""
+    """On one rank: build the engine, and count what the third micro-step sends."""
     ranks = set_environment()
     import deepspeed
 
@@ -86,7 +86,7 @@ def count_side(arguments: argparse.Namespace) -> None:
         engine, *_ = deepspeed.initialize(
             model=stock, config=stock_settings(), dist_init_required=False
         )
-    counts = [count_collectives(engine, sample) for _ in range(2)]
+    counts = [count_collectives(engine, sample) for _ in range(3)]
     if ranks.is_first:
         arguments.out.write_text(json.dumps(counts[-1]))
     zero.leave_together()

@@ -57,6 +57,11 @@ class Scale:
     device: torch.device
 
     @property
+    def is_full(self) -> bool:
+        """Whether this is the published model, on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
     def config(self) -> Phi3VConfig:
         config = tiny_config(self.sizes, train_tokenizer(["a b"], 2))
         config.vocab_size = self.vocabulary
@@ -122,6 +127,7 @@ def engine_settings(folder: Path, scale: Scale) -> DeepSpeedConfig:
     name = "zero3.json" if scale.device.type == "cuda" else "zero3_cpu.json"
     content = json.loads((ROOT / "ds_configs" / name).read_text(encoding="utf-8"))
     content["train_batch_size"] = 1
+    content["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # compiles nothing
     if scale.device.type == "cuda":
         content["data_types"] = {"grad_accum_dtype": "bf16"}
         content["communication_data_type"] = "bf16"

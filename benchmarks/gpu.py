@@ -8,10 +8,14 @@ and says nothing of speed. Ends with a table; --out FOLDER keeps it, and a profi
 """
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,8 @@ from fullsize import (
     toy,
     variants,
 )
-from gpu_checks import check_all, time_attention
+from gpu_checks import check_all, measure_activations, time_attention
+from mixture import alike
 from padded import ROWS, PaddedRecipe, pad_rows
 from timing import ROOT, describe_machine
 
@@ -41,7 +46,7 @@ from phi3v.data import Dataset
 from phi3v.data.batch import model_inputs
 from phi3v.errors import ConfigError
 from phi3v.model.execution import Execution, choose_execution
-from phi3v.training.ranks import set_environment
+from phi3v.training.ranks import RANK_VARIABLES, set_environment
 
 TOO_MUCH = (torch.OutOfMemoryError, MemoryError)
 
@@ -143,8 +148,6 @@ def attention(bench: Bench) -> None:
 
 def memory(bench: Bench) -> None:
     """What a layer keeps for the backward pass, by the allocator's count."""
-    from gpu_checks import measure_activations
-
     for line in measure_activations(bench.scale):
         bench.say(line)
 
@@ -176,28 +179,23 @@ def steps(bench: Bench) -> None:
         bench.say(f"ZeRO-3 over plain: {ratio:.3f} (asked: 1.05 at most)")
 
 
-class engine_of:  # noqa: N801 - used as a context manager, like a function
+@contextmanager
+def engine_of(bench: Bench) -> Iterator[tuple[Any, Any]]:
     """The engine and its model while inside; both are freed behind it."""
+    # DeepSpeed reads its environment when it is imported.
+    from phi3v.training import zero
+    from phi3v.training.optimizer import parameter_groups
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-
-    def __enter__(self) -> tuple[Any, Any]:
-        from phi3v.training import zero
-        from phi3v.training.optimizer import parameter_groups
-
-        if not torch.distributed.is_initialized():
-            zero.start_process_group()
-        cfg = run_recipe(self.bench.folder, self.bench.folder, self.bench.scale)
-        model = make_model(self.bench.scale)
-        ds = engine_settings(self.bench.folder, self.bench.scale)
-        self.engine = zero.build_engine(model, parameter_groups(model, cfg), ds)
-        return self.engine, model
-
-    def __exit__(self, *error: object) -> None:
-        self.engine.destroy()
-        del self.engine
-        free(self.bench.scale.device)
+    if not torch.distributed.is_initialized():
+        zero.start_process_group()
+    cfg = run_recipe(bench.folder, bench.folder, bench.scale)
+    model = make_model(bench.scale)
+    ds = engine_settings(bench.folder, bench.scale)
+    engine = zero.build_engine(model, parameter_groups(model, cfg), ds)
+    yield engine, model
+    engine.destroy()
+    del engine, model
+    free(bench.scale.device)
 
 
 def engine_step(engine: Any, batch: Any, bench: Bench) -> None:
@@ -282,23 +280,14 @@ def padded(bench: Bench) -> None:
 
 def elapsed(call: Callable[[], None], device: torch.device) -> float:
     synchronize(device)
-    start, end = _clock(), 0.0
+    began = time.perf_counter()
     call()
     synchronize(device)
-    end = _clock()
-    return end - start
-
-
-def _clock() -> float:
-    import time
-
-    return time.perf_counter()
+    return time.perf_counter() - began
 
 
 def longest(bench: Bench) -> None:
     """The longest single text that a step takes, doubling from a pack's tokens, under `full`."""
-    from mixture import alike
-
     scale = bench.scale
     limit = 1 << 20 if scale.is_full else 2 * scale.max_tokens
     with engine_of(bench) as (engine, model):
@@ -322,12 +311,18 @@ def longest(bench: Bench) -> None:
 def falls(bench: Bench) -> None:
     """The demo's own training on real shards: its loss must fall."""
     values = ["train.max_steps=40", "optim.warmup_steps=5", "eval.rows=0", "wandb.mode=disabled"]
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *values]
-    done = subprocess.run(command, cwd=bench.folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    import json
-
+    for command in (["products.py", "data/products", "--rows=300"], ["train.py", *values]):
+        script = str(ROOT / "launch" / command[0])
+        done = subprocess.run(
+            [sys.executable, script, *command[1:]],
+            cwd=bench.folder,
+            env={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            sys.exit(done.stderr)
     text = (bench.folder / "runs/products/metrics.jsonl").read_text(encoding="utf-8")
     losses = [json.loads(line)["loss"] for line in text.splitlines()]
     bench.say(f"loss of 40 steps: {losses[0]:.3f} -> {losses[-1]:.3f}")

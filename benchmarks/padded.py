@@ -126,7 +126,7 @@ def pad_rows(
     pixels = torch.zeros(len(images), slots, 3, size, size)
     for slot, image in zip(pixels, images, strict=True):
         if image is not None:
-            views = make_views(torch.from_numpy(image.pixels), settings)
+            views = make_views(torch.tensor(image.pixels), settings)
             slot[: len(views)] = views
     return {
         "input_ids": rows("input_ids", pad_id),

@@ -5,8 +5,9 @@
 Both sides train the same weights on the same conversations (15 % text, 75 % one image, 10 % two to
 four), forward, backward and optimizer step; ours makes its views in the step, the other side finds
 them made. `padded` fills the images of a row up to the most that its batch has, as a rectangular
-tensor asks for; `joined` lays the images of a batch one after the other. Printed are real tokens a
-second: padding counts for nothing.
+tensor asks for; `joined` lays the images of a batch one after the other; `again` does so and
+computes every layer a second time in the backward pass, as the cookbook's recipe does. Printed are
+real tokens a second: padding counts for nothing.
 """
 
 import argparse
@@ -83,6 +84,7 @@ def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> 
     sides: dict[str, Callable[[], float]] = {
         "padded": lambda: train(lambda batch: padded(**batch), batches, optimizer),
         "joined": lambda: train(lambda batch: padded(**batch), joined, optimizer),
+        "again": lambda: train(lambda batch: padded(**batch, recompute=True), joined, optimizer),
         "packed": lambda: train(ours, packs, optimizer),
     }
     losses = [call() for call in sides.values()]
@@ -94,7 +96,7 @@ def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> 
     print(f"  of the views {real[0]:.2f} padded, {real[1]:.2f} joined")
     for name, side_times in times.items():
         print(f"  {name}  {tokens / np.median(side_times.wall):8.0f} real tokens/s  {side_times}")
-    for name in ("padded", "joined"):
+    for name in ("padded", "joined", "again"):
         print(f"  {name} over packed  {ratios(times[name], times['packed'])}")
 
 

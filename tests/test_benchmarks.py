@@ -3,6 +3,8 @@
 import runpy
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +24,27 @@ SMALL = {
     "codecs.py": ["--repeats=1"],
     "packing.py": ["--samples=2000", "--repeats=1"],
     "loader.py": ["--samples=4", "--repeats=1", "--steps=3", "--seconds=0.01"],
+    "step.py": ["--models", "tiny", "--samples=8", "--repeats=1"],
+    "collectives.py": ["--width=192"],
+    "gpu.py": ["--steps=1"],
 }
+PIECES = {"timing.py", "mixture.py", "padded.py", "fullsize.py", "gpu_checks.py"}
 
 pytestmark = pytest.mark.slow
 
 
+@cache
 def lines_of(script: str) -> list[str]:
-    command = [sys.executable, f"benchmarks/{script}", *SMALL[script]]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """What a benchmark prints; each is run once."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *SMALL[script]]
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 
 
 def test_no_benchmark_is_left_out() -> None:
-    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {*SMALL, "timing.py"}
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == SMALL.keys() | PIECES
 
 
 @pytest.mark.parametrize("script", SMALL)
@@ -83,6 +92,32 @@ def test_fitted_costs_are_the_best_without_a_negative_one(monkeypatch: pytest.Mo
         found = fit(columns, seconds)
         assert (found >= 0).all()
         assert np.linalg.norm(relative @ found - 1) == pytest.approx(least, rel=1e-9)
+
+
+def test_a_step_is_compared_with_padded_ones_of_the_same_loss() -> None:
+    """It asserts by itself that all sides have the same loss."""
+    lines = lines_of("step.py")[1:]
+    sides = ["padded", "joined", "again", "packed", "padded", "joined", "again"]
+    for case in (lines[:10], lines[10:]):
+        assert case[0].startswith("tiny, ")
+        assert [line.split()[0] for line in case[3:]] == sides
+
+
+def test_ours_sends_at_most_half_of_the_stock_collectives() -> None:
+    """At the published widths the count is the same: buckets and thresholds are far from these."""
+    last = lines_of("collectives.py")[-1]
+    assert float(last.split()[-1]) <= 0.5, last
+
+
+def test_a_gpus_sections_all_run_at_toy_size() -> None:
+    lines = lines_of("gpu.py")
+    sections = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert sections == "backends checks attention memory steps padded longest falls".split()
+    assert "no CUDA device" in lines[1] or "CUDA" in lines[1]
+    shown = [line.split(":")[0] for line in lines]
+    for side in ("ZeRO-3, pictures, none", "ZeRO-3, text, none", "plain loop, pictures, none"):
+        assert side in shown
+    assert lines[-1].startswith("loss of 40 steps: ")
 
 
 def test_packing_is_compared_with_padding_and_with_chance() -> None:
