@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test fast check format clean
+.PHONY: setup demo test fast check bench format clean
 
 setup: $(READY)
 
@@ -29,6 +29,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+# Tables of this machine, quiet for half an hour; benchmarks/README.md says what each is.
+bench: setup
+	for name in packing step loader cost collectives; do \
+	    $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 format: setup
 	$(BIN)/ruff check --fix .
