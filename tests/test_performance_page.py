@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 PAGE = (Path(__file__).parents[1] / "docs/performance.md").read_text(encoding="utf-8")
-PARAMETERS = 4_146_621_440  # of the published model; tests/model/test_published_sizes.py counts them
+PARAMETERS = (
+    4_146_621_440  # of the published model; tests/model/test_published_sizes.py counts them
+)
 GPUS = (1, 8, 32, 128)
 BYTES: dict[str, Callable[[int], float]] = {
     "`zero1.json`": lambda n: 2 + 4 + 12 / n,

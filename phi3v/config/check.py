@@ -35,6 +35,11 @@ def _check_freeze(cfg: RunConfig) -> None:
             raise ConfigError(
                 f"optim.{field} is {rate} but model.freeze holds {module!r}; remove one of the two"
             )
+    if "vision" in cfg.model.freeze and cfg.optim.vision_layer_decay != 1:
+        raise ConfigError(
+            f"optim.vision_layer_decay is {cfg.optim.vision_layer_decay} but model.freeze holds "
+            "'vision'; remove one of the two"
+        )
 
 
 def _check_offload(cfg: RunConfig) -> None:

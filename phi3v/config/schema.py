@@ -66,8 +66,8 @@ class ModelSection:
 
     checkpointing: Checkpointing = "none"
     """What of each layer is computed again in the backward pass. none: nothing; selective: all but
-    matrix products and attention, for a sixth less memory; full: the layer, for the least memory and
-    about a quarter more compute."""
+    matrix products and attention, for a sixth less memory; full: the layer, for the least memory
+    and about a quarter more compute."""
 
     vision_checkpointing: Checkpointing | None = None
     """The same for the vision tower's layers; default: as `checkpointing`."""

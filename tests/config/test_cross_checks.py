@@ -59,6 +59,11 @@ def test_recipes_that_agree_are_accepted(recipe: Path, overrides: tuple[str, ...
             "optim.vision_lr is 2e-06 but model.freeze holds 'vision'; remove one of the two",
         ),
         (
+            ("model.freeze=[vision]", "optim.vision_layer_decay=0.9"),
+            "optim.vision_layer_decay is 0.9 but model.freeze holds 'vision'; remove one of the "
+            "two",
+        ),
+        (
             ("model.offload_activations=true", "model.checkpointing=selective"),
             "model.offload_activations is true, but checkpointing is 'selective' and that of the "
             "tower 'selective'; only full checkpointing keeps what can wait in the host's memory, "

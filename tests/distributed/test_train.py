@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from phi3v.data import Dataset
 from tests.commands import (
     TIMEOUT,
     deepspeed,
@@ -160,6 +161,35 @@ def test_whole_epochs_train_on_every_sample_once(recipe: Path, tmp_path: Path) -
     data = json.loads((tmp_path / "run" / "data.json").read_text())
     assert sum(line["samples"] for line in lines) == data["samples"]
     assert sum(line["label_tokens"] for line in lines) == data["label_tokens"]
+
+
+def test_several_datasets_are_mixed_by_weight(
+    recipe: Path, tmp_path: Path, tiny_shards: Path, mixed_shards: Path
+) -> None:
+    """An epoch holds every sample of the first, and half of the other's."""
+    parts = json.dumps([{"path": str(tiny_shards)}, {"path": str(mixed_shards), "weight": 0.5}])
+    values = [f"data.shards={parts}", "train={epochs: 1}", "eval.rows=2", "optim.warmup_steps=0"]
+    done = run(*torchrun(2, recipe, *values), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, other = (len(Dataset(folder, "train")) for folder in (tiny_shards, mixed_shards))
+    assert sum(line["samples"] for line in metrics(tmp_path / "run")) == first + other // 2
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert data["shards"] == f"{tiny_shards}, {mixed_shards}"
+
+
+def test_one_pack_is_overfitted_and_steps_are_profiled(recipe: Path, tmp_path: Path) -> None:
+    values = ["debug={overfit_one_pack: true, profile_steps: [2, 3], deterministic: true}"]
+    values += ["model.checkpointing=selective", "eval.rows=0", "optim.warmup_steps=0"]
+    done = run(*torchrun(2, recipe, *values), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path / "run")
+    assert len({(line["samples"], line["tokens"], line["views"]) for line in lines}) == 1
+    assert lines[-1]["loss"] < 0.35 * lines[0]["loss"]
+    written = sorted(path.name for path in (tmp_path / "run" / "profile").iterdir())
+    ranks = [f"step-0000000{step}-rank{rank}.json.gz" for step in (2, 3) for rank in (0, 1)]
+    assert [name for name in written if name.endswith(".gz")] == ranks
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["execution"]["checkpointing"] == "selective"
 
 
 def test_without_a_recipe_the_sample_products_are_made_and_trained_on(tmp_path: Path) -> None:
