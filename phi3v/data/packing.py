@@ -17,8 +17,9 @@ import numpy as np
 
 from phi3v.errors import ConfigError
 
-FILLED = 0.99  # a window filled so well is not packed again with SHARES
-SHARES = (1, 2, 3)
+FILLED = 0.99  # a window filled so well is not packed again in the next way
+WAYS = ((1,), (1, 2, 3))  # of `best_fit`; which fills better depends on the data
+TRIAL = 8  # windows after which all ways are tried again; between, the last winner packs alone
 SAMPLE_PRICE = 0.005  # of a pack: the room that a pack may leave to spare a sample for another
 NO_SAMPLES = np.array([], dtype=np.int64)
 COST_UNITS = 1 << 30  # of the dearest sample: whole numbers have the same sum on every machine
@@ -141,8 +142,10 @@ class Plan:
         steps = filled / self.packs_per_step
         num_windows = max(1, int(min(len(samples) / budget.window, steps / self.window_steps)))
         carried = samples[:0]
+        ways: Sequence[Sequence[int]] = WAYS
         for number, window in enumerate(np.array_split(samples, num_windows)):
-            packs = self._pack(np.concatenate([carried, window]))
+            packs, best = self._pack(np.concatenate([carried, window]), ways)
+            ways = (best,) if (number + 1) % TRIAL else WAYS
             is_last = number + 1 == num_windows
             if not is_last:
                 spare = len(packs) % self.packs_per_step
@@ -159,16 +162,24 @@ class Plan:
             reduce(np.add, self.views, packs) / self.budget.max_views,
         )
 
-    def _pack(self, samples: np.ndarray) -> list[np.ndarray]:
-        """Pack a window by the budget that binds, in the way that takes fewer packs."""
+    def _pack(
+        self, samples: np.ndarray, ways: Sequence[Sequence[int]]
+    ) -> tuple[list[np.ndarray], Sequence[int]]:
+        """Pack a window by the budget that binds, in the way that takes fewer packs; and that way.
+
+        A way that leaves little empty is taken without a look at the next.
+        """
         sizes, size = self.tokens[samples], self.budget.max_tokens
         others, other = self.views[samples], self.budget.max_views
         if sizes.sum() / size < others.sum() / other:
             sizes, size, others, other = others, other, sizes, size
-        packs = best_fit(samples, sizes, size, others, other)
-        if sizes.sum() < FILLED * size * len(packs):
-            packs = min(packs, best_fit(samples, sizes, size, others, other, SHARES), key=len)
-        return packs
+        tried: list[tuple[list[np.ndarray], Sequence[int]]] = []
+        for shares in ways:
+            packs = best_fit(samples, sizes, size, others, other, shares)
+            tried.append((packs, shares))
+            if sizes.sum() >= FILLED * size * len(packs):
+                break
+        return min(tried, key=lambda of: len(of[0]))
 
     def _whole_costs(self) -> np.ndarray:
         """The costs as whole numbers."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3v.data.packing import SHARES, Budget, Plan, PlannedStep, Position, best_fit, check_fits
+from phi3v.data.packing import WAYS, Budget, Plan, PlannedStep, Position, best_fit, check_fits
 from phi3v.errors import ConfigError
 
 BUDGET = Budget(max_tokens=100, max_views=20, window=16)
@@ -73,7 +73,7 @@ def test_packs_are_empty_only_in_a_step_of_single_samples(
     assert not short or short == [[0, 1]]
 
 
-@pytest.mark.parametrize("shares", [(1,), SHARES])
+@pytest.mark.parametrize("shares", WAYS)
 def test_packs_are_well_filled(shares: tuple[int, ...]) -> None:
     """Measured 99.9 % of the tokens; one sample a pack gives 30."""
     tokens = np.random.default_rng(0).integers(1, 60, 3000)
@@ -86,7 +86,7 @@ def test_where_few_samples_fill_a_pack_those_that_fit_together_are_found() -> No
     tokens = np.repeat([34, 33], [40, 80])
     samples, none = np.arange(120), np.zeros(120, int)
     assert len(best_fit(samples, tokens, 100, none, 1)) == 47
-    assert len(best_fit(samples, tokens, 100, none, 1, SHARES)) == 40
+    assert len(best_fit(samples, tokens, 100, none, 1, WAYS[1])) == 40
     plan = Plan("f", 0, tokens, none, tokens, Budget(100, 1, 120), packs_per_step=1)
     assert len(packs_of(plan)) == 40
 
@@ -94,7 +94,7 @@ def test_where_few_samples_fill_a_pack_those_that_fit_together_are_found() -> No
 def test_small_samples_are_spared_for_room_that_nothing_else_fills() -> None:
     """34 + 33 + 33 fill a pack as 34 + 34 and 32 ones do, and leave the ones to fill others."""
     tokens = np.repeat([34, 33, 1], [40, 80, 640])
-    packs = best_fit(np.arange(760), tokens, 100, np.zeros(760, int), 1, SHARES)
+    packs = best_fit(np.arange(760), tokens, 100, np.zeros(760, int), 1, WAYS[1])
     assert sorted(map(len, packs)) == [*[3] * 40, 40, *[100] * 6]
 
 
