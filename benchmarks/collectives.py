@@ -3,9 +3,9 @@
     python benchmarks/collectives.py
 
 The model has the published widths and two layers of each kind; a micro-step is one sample with an
-image, forward and backward, its gradients reduced. Counted by torch's profiler, on the third
-micro-step (in the first ZeRO-3 learns the order of modules, in the second it compares it). `stock`
-is transformers' layers under DeepSpeed's defaults for stage 3; `ours` is our layers, each gathered as
+image, forward and backward, its gradients reduced. Counted by torch's profiler, on the third: in
+the first ZeRO-3 learns the order of modules, in the second it compares it. `stock` is
+transformers' layers under DeepSpeed's defaults for stage 3; `ours` is our layers, each gathered as
 a whole, under ds_configs/zero3.json. About 12 GB.
 """
 
