@@ -30,7 +30,6 @@ from phi3v.errors import ConfigError
 # Not "phi3v_flash": transformers takes any name with "flash" in it for a package of its own.
 FLASH, VARLEN, SDPA = "phi3v_fa", "phi3v_varlen", "phi3v_sdpa"
 VIEWS, FLASH_VIEWS = "phi3v_views", "phi3v_views_fa"
-ATTENTION = SDPA
 
 # The names by what `model.attention` says, fastest first; the tower's for each of the decoder's.
 BACKENDS = {"flash": FLASH, "varlen": VARLEN, "sdpa": SDPA}

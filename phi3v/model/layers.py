@@ -82,18 +82,10 @@ class Attention(nn.Module):
         query, key, value = rotate(self.qkv_proj(hidden), cos, sin, self.heads, self.compiled)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.head_dim**-0.5,
-            sliding_window=self.config.sliding_window,
-            **kwargs,
+        window = self.config.sliding_window
+        return self.o_proj(
+            _attend(self, query, key, value, attention_mask, sliding_window=window, **kwargs)
         )
-        return self.o_proj(attended.flatten(2))  # (B, T, D)
 
 
 class GatedMLP(nn.Module):
@@ -169,17 +161,7 @@ class TowerAttention(nn.Module):
             projection(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, K)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.head_dim**-0.5,
-            **kwargs,
-        )
-        return self.out_proj(attended.flatten(2))  # (B, T, D)
+        return self.out_proj(_attend(self, query, key, value, attention_mask, **kwargs))
 
 
 class TowerMLP(nn.Module):
@@ -225,6 +207,21 @@ def use_compiled(model: nn.Module, compiled: bool) -> None:
     for module in model.modules():
         if isinstance(module, (RMSNorm, Attention, SwigluLinear, QuickGeluLinear)):
             module.compiled = compiled
+
+
+def _attend(
+    module: Attention | TowerAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Call the function that the module's configuration names: (B, H, T, K) -> (B, T, D)."""
+    function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    scaling = module.head_dim**-0.5
+    attended, _ = function(module, query, key, value, mask, dropout=0.0, scaling=scaling, **kwargs)
+    return attended.flatten(2)
 
 
 def _expect(config: Phi3Config | CLIPVisionConfig, key: str, value: object, at: str = "") -> None:

@@ -8,6 +8,7 @@ the backward pass only scales them; activation checkpointing around the head wou
 Letters: T trained tokens, C tokens of a chunk, D width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any, Literal
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
 from phi3v.errors import ConfigError
+from phi3v.sample import IGNORED
 
 Loss = Literal["liger", "chunked"]
 
@@ -185,3 +187,24 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
     else:  # torch.addmm itself DeepSpeed's profiler replaces by one that does not know out_dtype
         torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+
+
+def next_tokens(labels: Tensor, segment_lengths: Sequence[int]) -> Tensor:
+    """Shift labels so that position t holds the token to be predicted there.
+
+    A sample's first token is nobody's target: in a pack it would be predicted by a neighbour.
+    """
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    last = torch.as_tensor(segment_lengths, device=labels.device).cumsum(0) - 1
+    targets[:, last] = IGNORED
+    return targets
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of a padded batch over its trained positions; 0 if there is none."""
+    targets = next_tokens(labels, [labels.shape[1]]).to(logits.device)
+    total = cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (targets != IGNORED).sum().clamp(min=1)

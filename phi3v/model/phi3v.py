@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -23,7 +22,7 @@ from phi3v.model.checkpointing import run_layer
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.execution import Execution
 from phi3v.model.layers import DecoderLayer, RMSNorm, TowerLayer, use_compiled
-from phi3v.model.loss import Head
+from phi3v.model.loss import Head, mean_loss, next_tokens
 from phi3v.model.rotary import rotary
 from phi3v.model.vision import ImageEmbedding
 from phi3v.model.weights import WeightFiles, check_shapes, find_stop_ids
@@ -48,8 +47,10 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         # Whatever a folder or caller asks for, the layers call our functions: only they know packs.
-        config._attn_implementation = Execution().attention
-        config.vision_config._attn_implementation = TOWER[Execution().attention]
+        # A configuration that has another model already keeps what was chosen for that.
+        if config._attn_implementation not in TOWER:
+            config._attn_implementation = Execution().attention
+        config.vision_config._attn_implementation = TOWER[config._attn_implementation]
 
 
 class Phi3VModel(Phi3VPreTrainedModel):
@@ -389,24 +390,3 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def next_tokens(labels: Tensor, segment_lengths: Sequence[int]) -> Tensor:
-    """Shift labels so that position t holds the token to be predicted there.
-
-    A sample's first token is nobody's target: in a pack it would be predicted by a neighbour.
-    """
-    targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
-    last = torch.as_tensor(segment_lengths, device=labels.device).cumsum(0) - 1
-    targets[:, last] = IGNORED
-    return targets
-
-
-def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of a padded batch over its trained positions; 0 if there is none."""
-    targets = next_tokens(labels, [labels.shape[1]]).to(logits.device)
-    total = cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return total / (targets != IGNORED).sum().clamp(min=1)

@@ -224,9 +224,9 @@ def _finite(value: float) -> float | None:
 def run_evaluation(run: Run, engine: Any) -> Evaluation:
     """Gather the weights into a whole model on every rank, and share the held-out rows out."""
     cfg = run.cfg
-    whole = Phi3VForCausalLM(engine.module.config).to(
-        run.device, next(engine.module.parameters()).dtype
-    )
+    with torch.device("meta"):
+        whole = Phi3VForCausalLM(engine.module.config).to(dtype_of(run.ds))
+    whole = whole.to_empty(device=run.device)
     zero.copy_weights(engine.module, whole)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(cfg.model.path)
     generator = Generator(

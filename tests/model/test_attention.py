@@ -36,7 +36,8 @@ from phi3v.model.attention import (
     choose_attention,
     padding_mask,
 )
-from phi3v.model.phi3v import Phi3VModel
+from phi3v.model.execution import Execution
+from phi3v.model.phi3v import Phi3VForCausalLM, Phi3VModel
 from tests.model.tiny import draw, make_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -223,6 +224,15 @@ def test_flash_attn_is_deterministic_when_torch_is() -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_name_stands_for_its_kernel(name: str) -> None:
     assert AttentionInterface()[name].args == (KERNELS[name],)
+
+
+def test_a_second_model_of_a_configuration_leaves_the_first_its_choice() -> None:
+    """As the one that is evaluated beside the one that is trained."""
+    model = make_model()
+    model.set_execution(Execution(attention=VARLEN))
+    Phi3VForCausalLM(model.config)
+    names = (model.config, model.config.vision_config)
+    assert [config._attn_implementation for config in names] == [VARLEN, TOWER[VARLEN]]
 
 
 def test_every_backend_of_the_decoder_has_one_of_the_tower() -> None:
