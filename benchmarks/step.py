@@ -5,8 +5,9 @@
 Both sides train the same weights on the same conversations (15 % text, 75 % one image, 10 % two to
 four), forward, backward and optimizer step; ours makes its views in the step, the other side finds
 them made. `padded` fills the images of a row up to the most that its batch has, as a rectangular
-tensor asks for; `joined` lays the images of a batch one after the other; `again` does so and
-computes every layer a second time in the backward pass, as the cookbook's recipe does. Printed are
+tensor asks for; `joined` lays the images of a batch one after the other; `again` is `padded` and
+computes every layer a second time in the backward pass, as the cookbook's recipe does. `packed` is
+ours, `fused` the same with kernels fused by torch.compile, as `auto` chooses on CUDA. Printed are
 real tokens a second: padding counts for nothing.
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from phi3v.data.batch import Batch, collate, model_inputs
 from phi3v.data.packing import Budget, Plan, Position
 from phi3v.model import Phi3VForCausalLM
+from phi3v.model.execution import Execution
 from phi3v.sample import Sample
 from phi3v.samples.tiny import TinySizes, tiny_config, train_tokenizer
 from phi3v.views import ViewSettings
@@ -82,11 +84,18 @@ def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> 
     def ours(pack: Batch) -> Tensor:
         return model(**model_inputs(pack, settings, CPU))
 
+    def fused(pack: Batch) -> Tensor:
+        model.set_execution(Execution(compiled=True))
+        loss = ours(pack)
+        model.set_execution(Execution())
+        return loss
+
     sides: dict[str, Callable[[], float]] = {
         "padded": lambda: train(lambda batch: padded(**batch), batches, optimizer),
         "joined": lambda: train(lambda batch: padded(**batch), joined, optimizer),
-        "again": lambda: train(lambda batch: padded(**batch, recompute=True), joined, optimizer),
+        "again": lambda: train(lambda batch: padded(**batch, recompute=True), batches, optimizer),
         "packed": lambda: train(ours, packs, optimizer),
+        "fused": lambda: train(fused, packs, optimizer),
     }
     losses = [call() for call in sides.values()]
     assert np.allclose(losses, losses[0], rtol=1e-4), f"the sides disagree: {losses}"
@@ -98,7 +107,8 @@ def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> 
     for name, side_times in times.items():
         print(f"  {name}  {tokens / np.median(side_times.wall):8.0f} real tokens/s  {side_times}")
     for name in ("padded", "joined", "again"):
-        print(f"  {name} over packed  {ratios(times[name], times['packed'])}")
+        both = [ratios(times[name], times[ours]) for ours in ("packed", "fused")]
+        print(f"  {name} over packed  {both[0]}; over fused {both[1]}")
 
 
 def count_slots(batches: Sequence[dict[str, Any]]) -> int:

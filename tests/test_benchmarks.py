@@ -97,8 +97,8 @@ def test_fitted_costs_are_the_best_without_a_negative_one(monkeypatch: pytest.Mo
 def test_a_step_is_compared_with_padded_ones_of_the_same_loss() -> None:
     """It asserts by itself that all sides have the same loss."""
     lines = lines_of("step.py")[1:]
-    sides = ["padded", "joined", "again", "packed", "padded", "joined", "again"]
-    for case in (lines[:10], lines[10:]):
+    sides = ["padded", "joined", "again", "packed", "fused", "padded", "joined", "again"]
+    for case in (lines[:11], lines[11:]):
         assert case[0].startswith("tiny, ")
         assert [line.split()[0] for line in case[3:]] == sides
 
