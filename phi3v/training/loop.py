@@ -21,7 +21,7 @@ from phi3v.config import DeepSpeedConfig, RunConfig
 from phi3v.data import Dataset
 from phi3v.data.batch import model_inputs
 from phi3v.data.loader import Loader, OnePack, Step
-from phi3v.data.mixture import Mixture, open_datasets
+from phi3v.data.mixture import SIZES, Mixture, open_datasets
 from phi3v.data.packing import Budget, Plan, check_fits
 from phi3v.errors import ConfigError
 from phi3v.evaluation.evaluate import Evaluation, evaluate, open_held_out
@@ -208,11 +208,10 @@ def _is_finished(run: Run) -> bool:
 
 def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
     """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe)."""
-    sizes = ("samples", "tokens", "label_tokens", "image_tokens", "views")
     return {
         "shards": ", ".join(str(part.folder) for part in dataset.datasets),
         "fingerprint": dataset.fingerprint,
-        **{name: dataset.entry[name] for name in sizes},
+        **{name: dataset.entry[name] for name in SIZES},
     }
 
 
