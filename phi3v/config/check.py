@@ -20,6 +20,7 @@ def check(cfg: RunConfig, ds: DeepSpeedConfig) -> None:
     _check_freeze(cfg)
     _check_offload(cfg)
     _check_decay(cfg, ds)
+    _check_best(cfg)
 
 
 def _check_freeze(cfg: RunConfig) -> None:
@@ -58,4 +59,22 @@ def _check_decay(cfg: RunConfig, ds: DeepSpeedConfig) -> None:
             f"optim.weight_decay {cfg.optim.weight_decay} is decoupled decay, but the "
             f"{ds.optimizer_type} of {ds.path} adds decay to the gradient; set optimizer.type to "
             "AdamW there, or optim.weight_decay to 0"
+        )
+
+
+def _check_best(cfg: RunConfig) -> None:
+    best, every = cfg.checkpoint.best, cfg.checkpoint.every
+    if best is None:
+        return
+    names = ("loss", *cfg.eval.metrics)
+    if best not in names:
+        raise ConfigError(
+            f"checkpoint.best is {best!r}, which no evaluation gives; take one of "
+            f"{', '.join(names)}, or add it to eval.metrics"
+        )
+    if not cfg.eval.rows or not cfg.eval.every or cfg.eval.every % every:
+        raise ConfigError(
+            f"checkpoint.best is {best!r}, but eval.every {cfg.eval.every} with eval.rows "
+            f"{cfg.eval.rows} gives no score of a saved step; set eval.rows above 0 and eval.every "
+            f"to a multiple of checkpoint.every {every}"
         )

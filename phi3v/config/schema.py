@@ -1,9 +1,9 @@
 """Every key of a run's recipe, with its type, default, unit and own checks.
 
 `RunConfig` is what `launch/train.py` reads; `DatasetConfig`, what `launch/prepare.py` reads, is in
-dataset.py. Each is a tree of frozen dataclasses, one per YAML section; `load_recipe` builds it and
-nobody changes it afterwards. A class checks its own values; what needs two sections is checked in
-`check.py`.
+dataset.py; the sections on how a run runs are in running.py. Each is a tree of frozen dataclasses,
+one per YAML section; `load_recipe` builds it and nobody changes it afterwards. A class checks its
+own values; what needs two sections is checked in `check.py`.
 
 A section's key is written with dots everywhere a user meets it: `optim.lr`, `train.max_steps`.
 """
@@ -13,6 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from phi3v.config.running import (
+    CheckpointSection,
+    DebugSection,
+    EvalSection,
+    FaultsSection,
+    TrainSection,
+    WandbSection,
+)
 from phi3v.config.values import above_zero, at_least, distinct, filled
 from phi3v.errors import ConfigError
 
@@ -235,98 +243,6 @@ class OptimSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSection:
-    max_steps: int | None = None
-    """Length of the run in optimizer steps; either this or `epochs`."""
-
-    epochs: int | None = None
-    """Length of the run in passes over the training samples; either this or `max_steps`."""
-
-    def __post_init__(self) -> None:
-        if (self.max_steps is None) == (self.epochs is None):
-            both = f"both, {self.max_steps} and {self.epochs}"
-            raise ConfigError(
-                "exactly one of train.max_steps and train.epochs must be set, got "
-                f"{'neither' if self.epochs is None else both}"
-            )
-        at_least(1, train__max_steps=self.max_steps, train__epochs=self.epochs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSection:
-    every: int = 0
-    """Steps between evaluations; 0: only at the end."""
-
-    rows: int = 256
-    """Held-out rows that are answered; 0: no evaluation."""
-
-    split: str = "validation"
-    """Split of the dataset that is answered."""
-
-    metrics: tuple[str, ...] = ("exact_match",)
-    """exact_match, parse_rate, or FIELD_accuracy, FIELD_exact_match, FIELD_exact_match_unseen and
-    FIELD_mape, where FIELD is named in `pattern`."""
-
-    pattern: str | None = None
-    """What an answer looks like: "Product: {title}, Full Price: {price:float}"."""
-
-    blind: bool = True
-    """Answer the rows a second time with their images exchanged: what the images are worth."""
-
-    max_new_tokens: int = 64
-    """Tokens of one answer at most."""
-
-    batch_rows: int = 32
-    """Rows answered at once by one rank."""
-
-    def __post_init__(self) -> None:
-        filled(eval__split=self.split, eval__pattern=self.pattern)
-        distinct(eval__metrics=self.metrics)
-        at_least(0, eval__every=self.every, eval__rows=self.rows)
-        at_least(1, eval__max_new_tokens=self.max_new_tokens, eval__batch_rows=self.batch_rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSection:
-    every: int = 200
-    """Steps between checkpoints; the last step is always saved."""
-
-    keep: int = 3
-    """Newest checkpoints that are kept; older ones are deleted."""
-
-    def __post_init__(self) -> None:
-        at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbSection:
-    mode: Literal["offline", "online", "disabled"] = "offline"
-    """offline writes to the run folder only; `wandb sync` uploads it later."""
-
-    project: str = "phi3v"
-    """Project under which the run appears."""
-
-    def __post_init__(self) -> None:
-        filled(wandb__project=self.project)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DebugSection:
-    deterministic: bool = False
-    """Use only kernels that give the same bits each time; slower."""
-
-    profile_steps: tuple[int, ...] = ()
-    """Steps of which every rank writes a trace to the run's folder `profile`."""
-
-    overfit_one_pack: bool = False
-    """Train on the first pack alone, over and over: its loss must go to 0."""
-
-    def __post_init__(self) -> None:
-        distinct(debug__profile_steps=[str(step) for step in self.profile_steps])
-        at_least(1, debug__profile_steps=min(self.profile_steps, default=1))
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run; batch sizes, precision and optimizer type are the DeepSpeed JSON's."""
 
@@ -350,6 +266,9 @@ class RunConfig:
 
     checkpoint: CheckpointSection = CheckpointSection()
     """How often the run is saved, and what is kept."""
+
+    faults: FaultsSection = FaultsSection()
+    """What happens to steps that would spoil the weights."""
 
     wandb: WandbSection = WandbSection()
     """Whether Weights & Biases is told."""

@@ -1,0 +1,133 @@
+"""Sections of a recipe on how a run runs: length, evaluation, saving, faults, records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from phi3v.config.values import above_zero, at_least, distinct, filled
+from phi3v.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    max_steps: int | None = None
+    """Length of the run in optimizer steps; either this or `epochs`."""
+
+    epochs: int | None = None
+    """Length of the run in passes over the training samples; either this or `max_steps`."""
+
+    stop_after: float | None = None
+    """Seconds after whose end the run saves and stops with exit code 75, to be started again."""
+
+    hang_timeout: float = 1800.0
+    """Seconds without any progress after which a rank writes its stacks and ends."""
+
+    def __post_init__(self) -> None:
+        if (self.max_steps is None) == (self.epochs is None):
+            both = f"both, {self.max_steps} and {self.epochs}"
+            raise ConfigError(
+                "exactly one of train.max_steps and train.epochs must be set, got "
+                f"{'neither' if self.epochs is None else both}"
+            )
+        at_least(1, train__max_steps=self.max_steps, train__epochs=self.epochs)
+        none = "leave it out to run without a limit"
+        above_zero(none, train__stop_after=self.stop_after)
+        above_zero("the default is 1800", train__hang_timeout=self.hang_timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection:
+    every: int = 0
+    """Steps between evaluations; 0: only at the end."""
+
+    rows: int = 256
+    """Held-out rows that are answered; 0: no evaluation."""
+
+    split: str = "validation"
+    """Split of the dataset that is answered."""
+
+    metrics: tuple[str, ...] = ("exact_match",)
+    """exact_match, parse_rate, or FIELD_accuracy, FIELD_exact_match, FIELD_exact_match_unseen and
+    FIELD_mape, where FIELD is named in `pattern`."""
+
+    pattern: str | None = None
+    """What an answer looks like: "Product: {title}, Full Price: {price:float}"."""
+
+    blind: bool = True
+    """Answer the rows a second time with their images exchanged: what the images are worth."""
+
+    max_new_tokens: int = 64
+    """Tokens of one answer at most."""
+
+    batch_rows: int = 32
+    """Rows answered at once by one rank."""
+
+    def __post_init__(self) -> None:
+        filled(eval__split=self.split, eval__pattern=self.pattern)
+        distinct(eval__metrics=self.metrics)
+        at_least(0, eval__every=self.every, eval__rows=self.rows)
+        at_least(1, eval__max_new_tokens=self.max_new_tokens, eval__batch_rows=self.batch_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+
+    keep: int = 3
+    """Newest checkpoints that are kept; older ones are deleted, but for those of the next two."""
+
+    keep_every: int = 0
+    """Checkpoints of steps divisible by this are kept for good; 0: none are."""
+
+    best: str | None = None
+    """The checkpoint that evaluates best is kept: `loss`, or a name of `eval.metrics`."""
+
+    def __post_init__(self) -> None:
+        at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep)
+        at_least(0, checkpoint__keep_every=self.keep_every)
+        filled(checkpoint__best=self.best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsSection:
+    spike: float | None = None
+    """A step whose loss is more than so many robust deviations above the median of those before it
+    is skipped; default: only steps without a finite loss and gradient are."""
+
+    rollback_after: int = 3
+    """Steps skipped in a row after which the run goes back to the last checkpoint before them, and
+    leaves them out."""
+
+    def __post_init__(self) -> None:
+        above_zero("leave it out to skip no finite step", faults__spike=self.spike)
+        at_least(1, faults__rollback_after=self.rollback_after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSection:
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline writes to the run folder only; `wandb sync` uploads it later."""
+
+    project: str = "phi3v"
+    """Project under which the run appears."""
+
+    def __post_init__(self) -> None:
+        filled(wandb__project=self.project)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugSection:
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time; slower."""
+
+    profile_steps: tuple[int, ...] = ()
+    """Steps of which every rank writes a trace to the run's folder `profile`."""
+
+    overfit_one_pack: bool = False
+    """Train on the first pack alone, over and over: its loss must go to 0."""
+
+    def __post_init__(self) -> None:
+        distinct(debug__profile_steps=[str(step) for step in self.profile_steps])
+        at_least(1, debug__profile_steps=min(self.profile_steps, default=1))
