@@ -11,7 +11,7 @@ a batch for longer must be copied. Memory is bounded by the packs of one step an
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -35,12 +35,13 @@ class Step:
 
     packs    of all ranks and rounds, `train_batch_size` of them (empty ones may end an epoch)
     batches  this rank's, one per round; valid until the next step is taken
+    at       where in the sequence it is
     after    where the sequence goes on after this step
     """
 
     packs: Sequence[np.ndarray]
     batches: Sequence[Batch]
-    epoch: int
+    at: Position
     after: Position
     wait_seconds: float = 0.0
 
@@ -61,7 +62,7 @@ class OnePack:
     def steps(self, start: Position, epochs: int | None = None) -> Iterator[PlannedStep]:
         pack = next(self.plan.steps(Position())).packs[0]
         while True:
-            yield PlannedStep([pack] * self.packs_per_step, 0, Position())
+            yield PlannedStep([pack] * self.packs_per_step, Position(), Position())
 
 
 class Loader:
@@ -79,15 +80,20 @@ class Loader:
         self.rank, self.world_size, self.device = rank, world_size, device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def steps(self, start: Position, epochs: int | None = None) -> Generator[Step, None, None]:
-        """Steps from `start` on; the time spent waiting for each is in `wait_seconds`.
+    def steps(
+        self,
+        start: Position,
+        epochs: int | None = None,
+        left_out: Collection[Position] = (),
+    ) -> Generator[Step, None, None]:
+        """Steps from `start` on but those `left_out`; `wait_seconds` is what each let wait.
 
         Raises: what planning or reading raised, at the step that it happened to.
         """
         rounds = self.plan.packs_per_step // self.world_size
         ahead = -(-AHEAD // rounds)
         free = deque(Arena(self.device) for _ in range(rounds * (ahead + 1)))
-        planned = self.plan.steps(start, epochs)
+        planned = (s for s in self.plan.steps(start, epochs) if s.at not in left_out)
         planner, readers = self._threads(1), self._threads(READERS)
         coming = deque(planner.submit(self._begin, planned, readers, free) for _ in range(ahead))
         try:
@@ -100,7 +106,7 @@ class Loader:
                 batches, arenas = zip(*(read.result() for read in reads), strict=True)
                 waited = time.perf_counter() - began
                 coming.append(planner.submit(self._begin, planned, readers, free))
-                yield Step(step.packs, batches, step.epoch, step.after, waited)
+                yield Step(step.packs, batches, step.at, step.after, waited)
                 self._release(arenas)
                 free.extend(arenas)
         finally:

@@ -49,11 +49,12 @@ class PlannedStep:
 
     packs  as many int arrays of sample numbers as a step has packs, dearest first; some are empty
            only where a whole last window has fewer samples than that
+    at     where in the sequence it is
     after  where the sequence goes on
     """
 
     packs: Sequence[np.ndarray]
-    epoch: int
+    at: Position
     after: Position
 
 
@@ -94,9 +95,9 @@ class Plan:
                 first = start.step if here == Position(start.epoch, start.window) else 0
                 behind = Position(epoch + 1) if is_last else Position(epoch, window + 1)
                 for number in range(first, len(steps)):
-                    after = Position(epoch, window, number + 1)
+                    at, after = (Position(epoch, window, n) for n in (number, number + 1))
                     yield PlannedStep(
-                        steps[number], epoch, behind if number + 1 == len(steps) else after
+                        steps[number], at, behind if number + 1 == len(steps) else after
                     )
             epoch += 1
 

@@ -72,7 +72,7 @@ def kept(step: Step) -> Step:
         )
         for batch in step.batches
     ]
-    return Step(step.packs, batches, step.epoch, step.after, step.wait_seconds)
+    return Step(step.packs, batches, step.at, step.after, step.wait_seconds)
 
 
 def first_steps(loader: Loader, count: int, start: Position = START) -> list[Step]:
@@ -93,7 +93,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
 def assert_goes_on(rest: list[Step], expected: list[Step]) -> None:
     assert len(rest) == len(expected)
     for step, other in zip(rest, expected, strict=True):
-        assert (step.epoch, step.after) == (other.epoch, other.after)
+        assert (step.at, step.after) == (other.at, other.after)
         for one, two in zip(step.batches, other.batches, strict=True):
             assert_equal(one, two)
 
@@ -200,6 +200,13 @@ def test_another_number_of_ranks_goes_on_with_the_same_step(folder: Path) -> Non
     assert [names(step)[0] for step in shared] == expected
 
 
+def test_steps_that_are_left_out_are_passed_over(folder: Path) -> None:
+    whole = first_steps(make_loader(folder), 6)
+    steps = make_loader(folder).steps(START, left_out={whole[1].at, whole[4].at})
+    assert [next(steps).at for _ in range(4)] == [whole[k].at for k in (0, 2, 3, 5)]
+    steps.close()
+
+
 def test_one_pack_fills_every_place_of_every_step_and_is_resumed_anywhere(folder: Path) -> None:
     dataset = Dataset(folder, "train")
     plan = make_plan(dataset)
@@ -207,7 +214,7 @@ def test_one_pack_fills_every_place_of_every_step_and_is_resumed_anywhere(folder
     for rank, start in ((0, START), (1, Position(3, 1, 2))):
         for step in first_steps(Loader(dataset, OnePack(plan), rank, 2), 20, start):
             assert [pack.tolist() for pack in step.packs] == [first.tolist()] * PACKS
-            assert (step.epoch, step.after) == (0, START)
+            assert (step.at, step.after) == (START, START)
             for batch in step.batches:
                 assert_equal(batch, collate([dataset[int(sample)] for sample in first]))
 

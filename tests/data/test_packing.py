@@ -58,7 +58,7 @@ def test_an_epoch_holds_every_sample_once_in_whole_steps_and_no_pack_exceeds_its
         assert tokens[pack].sum() <= budget.max_tokens
         assert views[pack].sum() <= budget.max_views
     assert {len(step.packs) for step in steps} == {size}
-    assert {step.epoch for step in steps} == {epoch}
+    assert {step.at.epoch for step in steps} == {epoch}
 
 
 @settings(deadline=None)
@@ -235,6 +235,11 @@ def test_positions_count_steps_within_windows_within_epochs() -> None:
     assert positions == sorted(positions, key=lambda of: (of.epoch, of.window, of.step))
     assert positions[0] == Position(0, 0, 1)
     assert Position(0, 1) in positions and Position(1) in positions
+
+
+def test_every_step_says_where_it_is() -> None:
+    steps = list(islice(make_plan().steps(Position()), 8))
+    assert [step.at for step in steps] == [Position(), *[step.after for step in steps[:-1]]]
 
 
 def test_with_epochs_the_sequence_ends_and_without_it_goes_on() -> None:
