@@ -5,14 +5,18 @@
       ShardError       a shard is missing, corrupt, or was made by another recipe
       SampleError      one conversation or image cannot be used (carries its id)
       CheckpointError  incomplete, or does not fit this run
+      Stopped          no mistake: the run was asked to stop, and has saved
 
 A message is one sentence: what, the value seen, where, and what to do. Commands turn these errors
-into exit code 2 and that one line on stderr; anything else is a defect and keeps its traceback.
+into their exit code (2; 75 for Stopped) and that one line on stderr; anything else is a defect and
+keeps its traceback.
 """
 
 
 class Phi3VError(Exception):
     """Something the user can fix; its message says how."""
+
+    exit_code = 2
 
 
 class ConfigError(Phi3VError):
@@ -33,3 +37,12 @@ class SampleError(Phi3VError):
 
 class CheckpointError(Phi3VError):
     """A checkpoint is incomplete or does not fit the run."""
+
+
+class Stopped(Phi3VError):
+    """The run was asked to stop and has saved; the same command goes on with it.
+
+    Raise it on all ranks, after a barrier: the launcher ends the others once one has left.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later

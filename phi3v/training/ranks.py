@@ -3,12 +3,14 @@
 `set_environment` is the one place that sets ranks, ports, threads and folders, whoever started the
 process: the deepspeed launcher, torchrun, plain srun, or plain python. Call it before deepspeed is
 imported, which reads DS_ACCELERATOR at import. `run_command` turns a user's mistake into one line
-and exit code 2. `build_extensions` compiles ahead of time what DeepSpeed compiles at first use.
+and exit code 2, and a defect of one rank into the end of all. `build_extensions` compiles ahead of
+time what DeepSpeed compiles at first use.
 
 Surprising: every child process inherits the variables set here and would take itself for the same
 rank; start one with RANK and its companions (`RANK_VARIABLES`) removed.
 """
 
+import errno
 import glob
 import os
 import re
@@ -18,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from typing import NoReturn
 import torch
 import torch.distributed
 
-from phi3v.errors import ConfigError, Phi3VError
+from phi3v.errors import ConfigError, Phi3VError, Stopped
 
 RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
@@ -36,6 +39,11 @@ RANK_VARIABLES = (
 GRACE_SECONDS = 10.0  # how long ranks other than 0 leave it to rank 0 to report an error
 STAGGER_SECONDS = 2.0  # per local rank on top: launchers take up to 1 s to end the other ranks
 LINGER_SECONDS = 3.0  # how long rank 0 of an srun step stays, for the others to fail as well
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+ECHOES = (  # what a collective says when the rank at the other end is gone
+    *("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket closed"),
+    *("Connection was likely closed", "remote process exited", "ncclRemoteError"),
+)
 
 
 @dataclass(frozen=True)
@@ -210,40 +218,108 @@ def _first_address(nodelist: str) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main and end the process as its user's mistakes ask for.
 
-    Phi3VError: one line on stderr and exit code 2. Every rank usually meets the same error, so
+    Phi3VError: one line on stderr and its exit code. Every rank usually meets the same error, so
     rank 0 reports at once, and another rank reports only if it is still there after a grace time:
-    then rank 0 knows of no error, and it is the launcher's part to end it. Ctrl-C: exit code 130.
-    Anything else is a defect and keeps its traceback.
+    then rank 0 knows of no error, and it is the launcher's part to end it. So does a disk that is
+    full or may not be written to, with exit code 2. Ctrl-C: exit code 130. Anything else is a
+    defect and keeps its traceback.
     """
     try:
         main()
+    except Stopped as stopped:
+        _leave_stopped(stopped)
     except Phi3VError as error:
-        _report(error)
-        _exit(2)
+        _report(f"{type(error).__name__}: {' '.join(str(error).splitlines())}")
+        _exit(error.exit_code)
     except KeyboardInterrupt:
         _exit(130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            _report(_describe_unwritable(error))
+            _exit(2)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        _fail(error)
     _exit(0)
 
 
-def _report(error: Phi3VError) -> None:
-    """Write the error's line, if this rank is the one to do so.
+def _leave_stopped(stopped: Stopped) -> NoReturn:
+    """Leave with all ranks: the launcher sends SIGTERM to the others once one has left."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if _rank() == "0":
+        print(stopped, file=sys.stderr)
+    _exit(stopped.exit_code)
+
+
+def _report(line: str) -> None:
+    """Write an error's line, if this rank is the one to do so.
 
     srun exits with the largest code of its tasks, 143 for one ended by SIGTERM: so from here on
-    SIGTERM means 2, and rank 0 of a step stays until the others have failed as well. The variables
-    are read as text, for they may be what is wrong.
+    SIGTERM means 2, and rank 0 of a step stays until the others have failed as well.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(2))
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    if rank != "0":
-        stagger = STAGGER_SECONDS * int(local_rank) if local_rank.isdigit() else 0
-        time.sleep(GRACE_SECONDS + stagger)
-    message = " ".join(str(error).splitlines())
-    sys.stderr.write(f"{type(error).__name__}: {message}\n")
+    _end_on_signal(2)
+    if _rank() != "0":
+        _leave_it_to_others()
+    print(line, file=sys.stderr)
     sys.stderr.flush()
-    if rank == "0" and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+    if _rank() == "0" and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         time.sleep(LINGER_SECONDS)
+
+
+def _describe_unwritable(error: OSError) -> str:
+    where = error.filename or "a file of this command"
+    return (
+        f"{type(error).__name__}: {where}: {error.strerror}; make room or give the right to write "
+        "there, then start the same command again: the last checkpoint and all finished files are "
+        "intact"
+    )
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Print the traceback below a line that names the rank, and wait for nobody.
+
+    Where the error is but the echo of another rank's death, the launcher usually ends this rank
+    before it speaks: the cause stands alone.
+    """
+    try:
+        headline = f"rank {_rank()} failed:\n"
+        if _is_echo(error):
+            _end_on_signal(1)
+            _leave_it_to_others()
+            headline = f"rank {_rank()} ends because another rank is gone, which is the cause:\n"
+        sys.stdout.flush()
+        sys.stderr.write(headline + "".join(traceback.format_exception(error)))
+        sys.stderr.flush()
+    finally:
+        os._exit(1)
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether a collective failed because another rank had gone (gloo, NCCL, TCPStore)."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in ECHOES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _end_on_signal(code: int) -> None:
+    """Let the launcher's SIGTERM end this process silently, with this exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(code))
+
+
+def _leave_it_to_others() -> None:
+    """Wait as long as another rank may need to speak, and the launcher to end this one."""
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    stagger = STAGGER_SECONDS * int(local_rank) if local_rank.isdigit() else 0
+    time.sleep(GRACE_SECONDS + stagger)
+
+
+def _rank() -> str:
+    """The rank as text, for the variable may be what is wrong."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def _exit(code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """Ranks from each launcher's variables, and how a command ends; the commands are real processes."""
 
+import errno
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed
 
-from phi3v.errors import ConfigError
+from phi3v.errors import ConfigError, Stopped
 from phi3v.training.ranks import (
     RANK_VARIABLES,
     Ranks,
@@ -23,6 +24,7 @@ from phi3v.training.ranks import (
     run_command,
     set_environment,
 )
+from tests.training.bare import BARE
 
 DEEPSPEED = {
     "RANK": "3",
@@ -240,6 +242,47 @@ def test_ctrl_c_ends_a_command_with_130_and_defects_keep_their_traceback() -> No
         run_command(lambda: print(1 / 0))
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Signal handlers are as they were afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "saved, go on\n"), ("1", "")])
+@pytest.mark.usefixtures("handlers")
+def test_a_stopped_run_ends_with_75_whatever_signal_follows_and_one_rank_says_so(
+    rank: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ["RANK"] = rank
+    with pytest.raises(SystemExit) as ending:
+        run_command(mock.Mock(side_effect=Stopped("saved, go on")))
+    assert ending.value.code == 75
+    assert capsys.readouterr().err == said
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        assert signal.getsignal(number) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.usefixtures("handlers")
+def test_a_disk_that_cannot_be_written_to_is_one_line_and_code_2(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+    with pytest.raises(SystemExit) as ending:
+        run_command(mock.Mock(side_effect=error))
+    assert ending.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert f"Error: runs/a/metrics.jsonl: {os.strerror(number)}; make room or give the " in line
+    assert "the last checkpoint and all finished files are intact" in line
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda: print(Path("no-such-file").read_text()))
+
+
 FAILING = """
 import threading, time
 import torch.distributed
@@ -252,7 +295,7 @@ ranks.STAGGER_SECONDS = 0
 def main():
     {preparation}
     print("started")
-    raise ShardError("a shard\\nis missing")
+    raise {error}
 
 if __name__ == "__main__":
     ranks.run_command(main)
@@ -260,8 +303,14 @@ if __name__ == "__main__":
 LINE = "ShardError: a shard is missing\n"
 
 
-def start_failing(rank: str, grace: float = 60, preparation: str = "") -> "subprocess.Popen[str]":
-    script = FAILING.format(grace=grace, preparation=preparation or "pass")
+MISTAKE = 'ShardError("a shard\\nis missing")'
+ECHO = 'RuntimeError("[pair.cc] Read error [127.0.0.1]:7047: Connection reset by peer")'
+
+
+def start_failing(
+    rank: str, grace: float = 60, preparation: str = "pass", error: str = MISTAKE
+) -> "subprocess.Popen[str]":
+    script = BARE + FAILING.format(grace=grace, preparation=preparation, error=error)
     return subprocess.Popen(
         [sys.executable, "-u", "-c", script],
         env=os.environ | {"RANK": rank},
@@ -306,3 +355,38 @@ def test_neither_a_process_group_nor_a_thread_holds_a_failed_command_back() -> N
     )
     assert process.communicate(timeout=50) == ("started\n", LINE)
     assert process.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("grace", "error", "headline"),
+    [
+        pytest.param(60, "ValueError('odd')", "rank 1 failed:\n", id="a defect at once"),
+        pytest.param(
+            0.1,
+            ECHO,
+            "rank 1 ends because another rank is gone, which is the cause:\n",
+            id="the echo of another's death after a grace",
+        ),
+    ],
+)
+def test_a_defect_ends_a_rank_with_its_traceback_whatever_threads_it_has(
+    grace: float, error: str, headline: str
+) -> None:
+    preparation = "threading.Thread(target=time.sleep, args=(600,)).start()"
+    os.environ["WORLD_SIZE"] = "2"
+    process = start_failing("1", grace, preparation, error)
+    out, err = process.communicate(timeout=50)
+    assert (process.returncode, out) == (1, "started\n")
+    assert err.startswith(f"{headline}Traceback (most recent call last):\n")
+
+
+@pytest.mark.slow
+def test_an_echo_says_nothing_when_the_launcher_ends_the_rank_in_its_grace() -> None:
+    os.environ["WORLD_SIZE"] = "2"
+    process = start_failing("1", error=ECHO)
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=50) == ("", "")
+    assert process.returncode == 1

@@ -1,0 +1,71 @@
+"""Requests to stop: SIGTERM, SIGUSR1, a file named `stop` in the run folder, a time budget.
+
+The handlers only count. The loop asks for `reason` after each step, lets all ranks agree, saves and
+raises Stopped; a signal that comes while torch or NCCL is at work changes nothing but the count.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "stop"
+
+
+class StopRequests:
+    """Who has asked this rank to stop, from the moment it listens."""
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._file: Path | None = None
+        self._seconds = 0.0
+        self._deadline = float("inf")  # of time.monotonic()
+
+    def listen(self) -> None:
+        """Count SIGTERM and SIGUSR1 from now on; call it early, in the main thread.
+
+        Children that are forked without a new program get the default actions back, or nobody
+        could end a data worker. System calls of libraries go on after a signal (SA_RESTART).
+        """
+        for number in SIGNALS:
+            signal.signal(number, self._count)
+            signal.siginterrupt(number, False)
+        os.register_at_fork(after_in_child=self._unlisten)
+
+    def watch(self, folder: Path, seconds: float | None) -> None:
+        """Heed the stop file of a run folder, and a budget of seconds since the process started.
+
+        Only the rank that decides for all needs to, the first.
+        """
+        self._file = folder / STOP_FILE
+        if seconds is not None:
+            age = time.time() - psutil.Process().create_time()
+            self._seconds, self._deadline = seconds, time.monotonic() - age + seconds
+
+    def reason(self) -> str | None:
+        """Why this rank should stop, None if it should go on; costs one look for the file."""
+        if self._received:
+            return signal.Signals(self._received[0]).name
+        if time.monotonic() >= self._deadline:
+            return f"train.stop_after {self._seconds:g} s"
+        if self._file is not None and self._file.exists():
+            return f"the file {self._file}"
+        return None
+
+    def clear_file(self) -> None:
+        """Remove the stop file, once the run has saved: or the next start would stop at once."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+
+    def _unlisten(self) -> None:
+        """In a forked child: what still is our handler becomes the default again."""
+        for number in SIGNALS:
+            if signal.getsignal(number) == self._count:
+                signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,208 @@
+"""Processes that must not stay: a rank that hangs, and one whose launcher or neighbours are gone.
+
+Both are watched by daemon threads, which run while the main thread waits in gloo or NCCL, and which
+end the process with `os._exit`: no destructor may wait for other ranks.
+
+The kernel's parent-death signal is not used: it would end a rank before it could say why, and it
+goes by the parent's thread. A process whose GIL is held for good, where no thread can run, is ended
+by faulthandler's own C thread after the hang timeout. Children of a rank are left alone: wandb-core
+ends by itself within 2 s, a compiler finishes what the next start waits for.
+"""
+
+import faulthandler
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from phi3v.files import sync
+
+STDERR = 2  # the descriptor: sys.stderr may have been replaced
+POLL_SECONDS = 0.5
+DUMP_SECONDS = 5.0  # how long a rank that hangs stays, for the others to write their stacks too
+NEIGHBOUR_SECONDS = 2.0  # how long a rank lives on that was sent SIGTERM because another has died
+LAUNCHERS = {
+    *("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
+    *("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate"),
+}
+
+
+class Watchdog:
+    """Ends this process, and says where it stood, when it has not beaten for `timeout` seconds.
+
+    Beat after everything that all ranks finish together: a step, an evaluated batch, a save. The
+    stacks go to stderr and to RUN/stacks/rank-00003.txt. Other ranks wait for the one that hangs,
+    so all dumps come at about the same time.
+    """
+
+    def __init__(self, timeout: float, folder: Path, rank: int) -> None:
+        self._timeout = timeout
+        self._path = folder / "stacks" / f"rank-{rank:05d}.txt"
+        self._rank = rank
+        self._last = time.monotonic()
+        self._pauses = 0
+        self._is_closed = threading.Event()
+        faulthandler.enable(STDERR)  # a crash in C (SIGSEGV, SIGABRT) shows its stacks as well
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        """Say that this rank goes on."""
+        self._last = time.monotonic()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Allow any silence inside, for work whose time nobody can tell."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self.beat()
+            self._pauses -= 1
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._is_closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_closed.wait(min(1.0, self._timeout / 10)):
+            faulthandler.dump_traceback_later(self._timeout, exit=True, file=STDERR)
+            if self._pauses:
+                self.beat()
+            silence = time.monotonic() - self._last
+            if silence > self._timeout:
+                self._end(silence)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _end(self, silence: float) -> NoReturn:
+        """Write the stacks, to stderr first: a disk that hangs may be the cause."""
+        line = (
+            f"rank {self._rank}: nothing was finished for {silence:.0f} s, longer than "
+            f"train.hang_timeout {self._timeout:g} s; its stacks are below and in {self._path}, "
+            "and the rank that stands elsewhere than the others is the cause\n"
+        )
+        try:
+            faulthandler.dump_traceback_later(2 * DUMP_SECONDS, exit=True, file=STDERR)
+            os.write(STDERR, line.encode())
+            faulthandler.dump_traceback(file=STDERR)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("w", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                faulthandler.dump_traceback(file=file)
+            sync(self._path)
+            time.sleep(DUMP_SECONDS)
+        finally:
+            os._exit(1)
+
+
+def end_with_launcher() -> None:
+    """End this process within a second of its launcher's death, be it gone already.
+
+    Under deepspeed these are two processes, `launch` and the `deepspeed` that started it, under
+    torchrun one. What is above, a shell, tmux or sshd, may die, and nothing is watched under srun
+    and plain python. Also ends a rank of which another on this node has died where it does not
+    notice by itself: the launcher sends SIGTERM, which training only counts, and SIGKILL no
+    sooner than 30 s later.
+
+    Call it once, in the main thread, beside StopRequests.listen: it reads the signals' wakeup
+    descriptor, which is written to even while the main thread is in C.
+    """
+    launchers = _find_launchers()
+    if _has_lost_launcher(launchers):
+        _end("its launcher was gone before it had started")
+    if launchers:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        arguments = (launchers, reader)
+        threading.Thread(target=_watch, args=arguments, name="launcher", daemon=True).start()
+
+
+def _find_launchers() -> list[psutil.Process]:
+    """This process's ancestors up to the topmost launcher, the parent first."""
+    ancestors = psutil.Process().parents()
+    found = [index for index, process in enumerate(ancestors) if _is_launcher(process)]
+    return ancestors[: found[-1] + 1] if found else []
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    """Whether it is python running a launcher: `timeout 60 torchrun` is none, its child is."""
+    try:
+        program, *words = process.cmdline() or [""]
+    except psutil.Error:  # another user's, or gone
+        return False
+    name = next((word for word in words if not word.startswith("-")), "")  # python -u -m NAME
+    return Path(program).name.startswith("python") and Path(name).name in LAUNCHERS
+
+
+def _has_lost_launcher(launchers: list[psutil.Process]) -> bool:
+    """Whether a launcher died in the seconds that a rank needs to get here.
+
+    Then its child has been adopted by the machine's first process, and bears the launcher's marks:
+    a rank its variables or its argument, `launch` that it was started for one node.
+    """
+    try:
+        if launchers:
+            top, words = launchers[-1], launchers[-1].cmdline()
+            is_for_many = any(word.startswith("--node_rank") for word in words)
+            is_started = "deepspeed.launcher.launch" in words and not is_for_many
+        else:
+            top = psutil.Process()
+            is_given_rank = any(word.startswith("--local_rank") for word in sys.argv)
+            is_started = is_given_rank or "TORCHELASTIC_RUN_ID" in os.environ
+        parent = top.parent()
+        return is_started and (parent is None or parent.pid == 1 or parent.name() == "systemd")
+    except psutil.NoSuchProcess:  # has gone this moment
+        return True
+
+
+def _watch(launchers: list[psutil.Process], signals: int) -> None:
+    is_told = False
+    bereft: float | None = None  # since when a neighbour is known to be gone
+    while True:
+        for process in launchers:
+            if not _is_alive(process):
+                _end(f"its launcher (process {process.pid}) is gone")
+        if select.select([signals], [], [], POLL_SECONDS)[0]:
+            is_told |= signal.SIGTERM in os.read(signals, 4096)
+        if is_told and bereft is None and _misses_neighbour(launchers[0]):
+            bereft = time.monotonic()
+        if bereft is not None and time.monotonic() - bereft > NEIGHBOUR_SECONDS:
+            _end("another rank of this node has ended; see its messages for the cause")
+
+
+def _misses_neighbour(launcher: psutil.Process) -> bool:
+    """Whether fewer ranks are there than the launcher started on this node."""
+    size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1")
+    try:
+        children = launcher.children()
+    except psutil.NoSuchProcess:  # is noticed in the next round
+        return False
+    return sum(map(_is_alive, children)) < int(size)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end(reason: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    try:
+        line = f"rank {rank}: {reason}; it ends at once, start the same command again to go on\n"
+        os.write(STDERR, line.encode())
+    finally:
+        os._exit(1)

@@ -1,0 +1,100 @@
+"""Requests to stop: what is heard, and what hearing them leaves undisturbed."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from phi3v.training.stopping import SIGNALS, StopRequests
+
+
+@pytest.fixture
+def requests() -> Iterator[StopRequests]:
+    """Requests that listen; pytest's own handlers are back afterwards."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    requests = StopRequests()
+    requests.listen()
+    yield requests
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_nothing_is_asked_until_someone_asks(requests: StopRequests, tmp_path: Path) -> None:
+    requests.watch(tmp_path, None)
+    assert requests.reason() is None
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_heard_and_a_second_changes_nothing(
+    requests: StopRequests, number: signal.Signals
+) -> None:
+    os.kill(os.getpid(), number)
+    assert requests.reason() == number.name
+    for second in SIGNALS:
+        os.kill(os.getpid(), second)
+    assert requests.reason() == number.name
+
+
+def test_a_signal_does_not_cut_a_librarys_system_call_short(requests: StopRequests) -> None:
+    """As a read of a pipe, which without SA_RESTART would fail with EINTR."""
+    reader, writer = os.pipe()
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        os.write(writer, b"whole")
+
+    thread = threading.Timer(0.05, interrupt)
+    thread.start()
+    buffer = ctypes.create_string_buffer(5)
+    count = ctypes.CDLL(None).read(reader, buffer, 5)
+    thread.join()
+    os.close(reader)
+    os.close(writer)
+    assert (count, buffer.raw) == (5, b"whole")
+    assert requests.reason() == "SIGTERM"
+
+
+def test_the_stop_file_is_heard_and_can_be_cleared(requests: StopRequests, tmp_path: Path) -> None:
+    requests.watch(tmp_path, 3600)
+    (tmp_path / "stop").touch()
+    assert requests.reason() == f"the file {tmp_path}/stop"
+    requests.clear_file()
+    assert requests.reason() is None
+    assert not (tmp_path / "stop").exists()
+    requests.clear_file()
+
+
+def test_the_time_budget_counts_from_the_start_of_the_process(
+    requests: StopRequests, tmp_path: Path
+) -> None:
+    age = time.time() - psutil.Process().create_time()
+    requests.watch(tmp_path, age + 0.2)
+    assert requests.reason() is None
+    time.sleep(0.25)
+    assert requests.reason() == f"train.stop_after {age + 0.2:g} s"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_forked_child_and_a_started_program_can_still_be_ended(
+    requests: StopRequests, number: signal.Signals
+) -> None:
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    program = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(30)"])
+    time.sleep(0.1)
+    os.kill(child, number)
+    program.send_signal(number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+    assert program.wait() == -number
+    assert requests.reason() is None
