@@ -1,0 +1,344 @@
+"""Checkpoints on the disk: complete or invisible, with sizes and digests, kept or removed.
+
+    RUN/checkpoints/
+      step-00000050/           a checkpoint: DeepSpeed's own files and manifest.json
+      latest                   name of the newest whole one, written last
+      best                     name of the one with the best score, where scores are compared
+      .step-00000100.partial/  one being written
+      .step-00000050.old/      one set aside while another of its step takes its name
+      .step-00000010.removed/  one being removed
+      .step-00000050.universal/  its form for any number of ranks (convert.py); goes with it
+
+The owner of the run folder alone writes here. A crash between any two operations leaves hidden
+folders, which the next owner settles (`remove_leftovers`). Anything else in the folder belongs to
+somebody else and is left alone: symlinks, `step-5`, `step-00000050.bak`.
+
+Surprising: `latest` and `best` are for people and other programs; here the folders' names and
+manifests decide. Whole "by sizes" costs a look at each file, whole by digests reads every byte.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from phi3v.errors import CheckpointError
+from phi3v.files import sha256, sync, sync_tree, write_json, write_text
+
+LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"
+FORMAT = 1  # of the manifest
+SEAL = "manifest_sha256"  # key of the manifest's digest over all its other keys
+STEP = re.compile(r"step-([0-9]{8})")
+KINDS = ("partial", "old", "removed", "universal", "universal.partial")
+HIDDEN = re.compile(rf"\.step-([0-9]{{8}})\.({'|'.join(KINDS)})")
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """What a file of a checkpoint must be: its size in bytes and its digest in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def partial_name(step: int) -> str:
+    """The name while it is written."""
+    return _hidden_name(step, "partial")
+
+
+def _hidden_name(step: int, kind: str) -> str:
+    return f".{step_name(step)}.{kind}"
+
+
+def steps_saved(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, oldest first, whole or damaged."""
+    if not folder.is_dir():
+        return []
+    found = ((path, STEP.fullmatch(path.name)) for path in folder.iterdir())
+    return sorted(int(name[1]) for path, name in found if name and _is_folder(path))
+
+
+def select_steps(folder: Path, step: int | None) -> list[int]:
+    """Steps of all checkpoints in a folder, oldest first, or the one asked for.
+
+    Raises: CheckpointError if there is none.
+    """
+    saved = steps_saved(folder)
+    if not saved:
+        raise CheckpointError(f"{folder} holds no checkpoint; train the run first")
+    if step is None:
+        return saved
+    if step not in saved:
+        raise CheckpointError(
+            f"{folder} has no checkpoint of step {step}, it has: {', '.join(map(str, saved))}"
+        )
+    return [step]
+
+
+def find_step(folder: Path, step: int | None) -> str:
+    """The name of a checkpoint that is whole by sizes: that of a step, or the newest.
+
+    Damaged ones that are newer are named on stderr.
+
+    Raises: CheckpointError if there is none.
+    """
+    damages: list[str] = []
+    for candidate in reversed(select_steps(folder, step)):
+        name = step_name(candidate)
+        damage = find_damage(folder / name, ())
+        if damage is None:
+            for passed in damages:
+                print(f"{folder}: passed over {passed}", file=sys.stderr)
+            return name
+        damages.append(f"{name}, damaged: {damage}")
+    raise CheckpointError(
+        f"{folder} holds no whole checkpoint{'' if step is None else f' of step {step}'} "
+        f"({'; '.join(damages)}); bring the files back from a copy, or name another step or run"
+    )
+
+
+def read_pointer(folder: Path, pointer: str) -> str | None:
+    """The name that `latest` or `best` holds, None where there is no such file."""
+    path = folder / pointer
+    return path.read_text("utf-8", errors="replace").strip() if path.is_file() else None
+
+
+def write_manifest(
+    checkpoint: Path, facts: Mapping[str, Any], files: Mapping[str, SavedFile]
+) -> None:
+    """Write down what a checkpoint is, when all its files are there.
+
+    facts  what can be said as JSON, its `step` at least
+    files  by path relative to the checkpoint, with `/`
+    """
+    assert files and "step" in facts
+    saved = {name: asdict(file) for name, file in sorted(files.items())}
+    manifest = {"format": FORMAT, **facts, "files": saved}
+    write_json(checkpoint / MANIFEST, manifest | {SEAL: _digest(manifest)})
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The facts given to `write_manifest`, `format`, and `files` (name to bytes and sha256).
+
+    Raises: CheckpointError if the manifest is missing, damaged, or that of something else.
+    """
+    manifest, damage = _load_manifest(checkpoint)
+    if damage:
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {damage}; bring it back from a copy, or take another step"
+        )
+    return manifest
+
+
+def find_damage(checkpoint: Path, files: Iterable[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint first, as "FILE is missing"; None if it is whole.
+
+    Looks at the manifest, at the sizes of all files, and then reads `files` (all by default) to
+    compare their digests; `()` reads none. Files that the manifest does not list are no damage:
+    nobody reads them. A file that the disk cannot give back is.
+    """
+    manifest, damage = _load_manifest(checkpoint)
+    if damage:
+        return damage
+    listed = manifest["files"]
+    for name, saved in listed.items():
+        if damage := _size_damage(checkpoint / name, saved["bytes"]):
+            return f"{name} {damage}"
+    for name in listed if files is None else files:
+        if name not in listed:
+            return f"{name} is not listed in {MANIFEST}"
+        if damage := _digest_damage(checkpoint / name, listed[name]["sha256"]):
+            return f"{name} {damage}"
+    return None
+
+
+def _load_manifest(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
+    """The manifest and what is wrong with it."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        return {}, f"{MANIFEST} {_why_unreadable(error)}"
+    except ValueError as error:
+        return {}, f"{MANIFEST} is not JSON ({error})"
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        return {}, f"{MANIFEST} has format {version!r}, this program reads {FORMAT}"
+    # Without it a flipped digit of the position would send the run elsewhere in the data.
+    if manifest.pop(SEAL, None) != _digest(manifest):
+        return {}, f"{MANIFEST} is not what was written (its own SHA-256 differs)"
+    named = STEP.search(checkpoint.name)
+    if named and int(named[1]) != manifest["step"]:
+        return {}, f"{MANIFEST} is that of step {manifest['step']}"
+    return manifest, None
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _size_damage(path: Path, size: int) -> str | None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        return _why_unreadable(error)
+    return None if found == size else f"has {found:,} bytes, {MANIFEST} says {size:,}"
+
+
+def _digest_damage(path: Path, digest: str) -> str | None:
+    try:
+        found = sha256(path)
+    except OSError as error:
+        return _why_unreadable(error)
+    return None if found == digest else f"has SHA-256 {found[:8]}, {MANIFEST} says {digest[:8]}"
+
+
+def _why_unreadable(error: OSError) -> str:
+    missing = isinstance(error, FileNotFoundError)
+    return "is missing" if missing else f"cannot be read ({error.strerror})"
+
+
+def publish(folder: Path, step: int) -> None:
+    """Give the partial checkpoint of a step its name, then let `latest` name the newest.
+
+    One of that step that was there before stays until the other has its name.
+
+    Raises: CheckpointError, and leaves everything as it was, if it is not whole by sizes.
+    """
+    partial, final = folder / partial_name(step), folder / step_name(step)
+    aside = folder / _hidden_name(step, "old")
+    if damage := find_damage(partial, ()):
+        raise CheckpointError(
+            f"{partial} cannot be published: {damage}; check the disk, then start the run again"
+        )
+    sync_tree(partial)
+    _discard(folder, step, _hidden_name(step, "universal"))  # made from the one before
+    if _is_folder(final):
+        _delete(aside)
+        final.rename(aside)
+    partial.rename(final)
+    sync(folder)
+    _delete(aside)
+    _point_latest(folder)
+
+
+def retain(folder: Path, keep: int, keep_every: int, scores: Mapping[int, float]) -> None:
+    """Remove checkpoints, and let `best` name the one with the best score.
+
+    keep        how many of the newest stay, at least 1
+    keep_every  steps; those divisible by it stay, 0: none
+    scores      by step, the higher the better; the best stays, of equals the later one
+
+    Damaged ones (by sizes) never count as one of the newest or as the best: a run must be able to
+    go on from what stays. Yet they go only when a whole one in their place would: when `keep`
+    newer ones are whole, and not if divisible by keep_every. Until then one with a lost file may
+    be mended from a copy, and nobody wants it taken away in the hour of need.
+    """
+    assert keep >= 1
+    saved = steps_saved(folder)
+    newest = list(islice(_whole(folder, reversed(saved)), keep))
+    scored = [step for step in saved if step in scores and not math.isnan(scores[step])]
+    ranked = sorted(scored, key=lambda step: (scores[step], step), reverse=True)
+    best = next(_whole(folder, ranked), None)
+    _point(folder / BEST, best)
+    if len(newest) < keep:
+        return
+    for step in saved:
+        is_kept = step >= newest[-1] or step == best or (keep_every and step % keep_every == 0)
+        if not is_kept:
+            remove(folder, step)
+
+
+def remove(folder: Path, step: int) -> None:
+    """Remove the checkpoint of a step; at no moment is half of it visible."""
+    _discard(folder, step, step_name(step))
+    _discard(folder, step, _hidden_name(step, "universal"))
+    _point_latest(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Settle what a crash has left; for the owner of the run folder, at its start.
+
+    A step whose own folder is missing or damaged gets another whole state of it, if there is one:
+    the partial one before the one set aside. Their digests decide, for bytes may not have reached
+    the disk; only where a step has several such states are they read. Then hidden folders and
+    temporary files go (not the universal form of what stays), and `latest` is set right.
+    """
+    if not folder.is_dir():
+        return
+    hidden = [HIDDEN.fullmatch(path.name) for path in folder.iterdir() if _is_folder(path)]
+    for step in sorted({int(name[1]) for name in hidden if name}):
+        _settle(folder, step)
+    for temporary in folder.glob(".*.tmp"):
+        if temporary.is_file() and not temporary.is_symlink():
+            temporary.unlink()
+    _point_latest(folder)
+
+
+def _settle(folder: Path, step: int) -> None:
+    hidden = {kind: folder / _hidden_name(step, kind) for kind in KINDS}
+    final, universal = folder / step_name(step), hidden.pop("universal")
+    others = [path for path in (hidden["partial"], hidden["old"]) if _is_whole(path)]
+    chosen = final if final.exists() else hidden["old"]
+    if others:
+        whole = (path for path in (final, *others) if _is_whole(path, by_digests=True))
+        chosen = next(whole, chosen)
+    if chosen != final:
+        _discard(folder, step, universal.name)  # before its step has another state
+    if chosen != final and _is_folder(chosen):
+        if _is_folder(final):
+            _delete(hidden["removed"])
+            final.rename(hidden["removed"])
+        chosen.rename(final)
+        sync(folder)
+    for path in hidden.values():
+        _delete(path)
+
+
+def _discard(folder: Path, step: int, name: str) -> None:
+    """Remove a folder that counts while it has its name: a crash must not leave half of it."""
+    removed = folder / _hidden_name(step, "removed")
+    if _is_folder(folder / name):
+        _delete(removed)
+        (folder / name).rename(removed)
+        sync(folder)
+        _delete(removed)
+
+
+def _whole(folder: Path, steps: Iterable[int]) -> Iterator[int]:
+    """Those of some steps whose checkpoints are whole by sizes."""
+    return (step for step in steps if _is_whole(folder / step_name(step)))
+
+
+def _is_whole(checkpoint: Path, by_digests: bool = False) -> bool:
+    return _is_folder(checkpoint) and find_damage(checkpoint, None if by_digests else ()) is None
+
+
+def _point_latest(folder: Path) -> None:
+    _point(folder / LATEST, next(_whole(folder, reversed(steps_saved(folder))), None))
+
+
+def _point(pointer: Path, step: int | None) -> None:
+    if step is None:
+        pointer.unlink(missing_ok=True)
+    elif read_pointer(pointer.parent, pointer.name) != step_name(step):
+        write_text(pointer, step_name(step))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _delete(path: Path) -> None:
+    if _is_folder(path):
+        shutil.rmtree(path)
