@@ -24,6 +24,7 @@ SMALL = {
     "codecs.py": ["--repeats=1"],
     "packing.py": ["--samples=2000", "--repeats=1"],
     "loader.py": ["--samples=4", "--repeats=1", "--steps=3", "--seconds=0.01"],
+    "checkpoint.py": ["--gib=0.001", "--repeats=1", "--products=1"],
     "step.py": ["--models", "tiny", "--samples=8", "--repeats=1"],
     "collectives.py": ["--width=192"],
     "gpu.py": ["--steps=1"],
@@ -69,6 +70,15 @@ def test_waits_and_rates_of_the_loader_stand_beside_reading_in_turn() -> None:
     sides = [line.split()[:2] for line in lines_of("loader.py")[1:]]
     assert sides[:2] == [["wait", "loader"], ["wait", "in"]]
     assert sides[3:6] == [["raw", "loader"], ["raw", "in"], ["raw", "ratio"]]
+
+
+def test_saving_behind_training_is_compared_with_torchs_own() -> None:
+    lines = [line.split() for line in lines_of("checkpoint.py")[1:-1]]
+    assert [line[0] for line in lines[:2]] == ["first", "prepared"]
+    others = ["async_save", "kept", "staged", "torch.save"]
+    stalls = [line[0] for line in lines if line[1] == "stall"][2:]
+    assert stalls == ["ours", "alone", *others]
+    assert [line[0] for line in lines if line[1:3] == ["over", "ours"]] == others
 
 
 def test_costs_are_predicted_beside_flops_and_printed_for_a_recipe() -> None:
