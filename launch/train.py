@@ -10,6 +10,8 @@ import argparse
 from pathlib import Path
 
 from phi3v.training.ranks import run_command, set_environment
+from phi3v.training.stopping import StopRequests
+from phi3v.training.watchdog import end_with_launcher
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -17,6 +19,9 @@ RECIPES = Path(__file__).parent / "recipes"
 def main() -> None:
     arguments = parse()
     ranks = set_environment()
+    stop = StopRequests()
+    stop.listen()
+    end_with_launcher()
     # DeepSpeed reads its environment when it is imported.
     from phi3v.samples.demo import make_missing
     from phi3v.training.loop import train
@@ -25,7 +30,7 @@ def main() -> None:
     cfg, ds = load_run(arguments.recipe or RECIPES / "demo.yaml", arguments.values, ranks)
     if arguments.recipe is None:
         make_missing(cfg, RECIPES / "products.yaml")
-    train(cfg, ds, ranks)
+    train(cfg, ds, ranks, stop)
 
 
 def parse() -> argparse.Namespace:

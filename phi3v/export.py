@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils.hub import cached_file
 
 from phi3v.config import EvaluationConfig, RunConfig, build_recipe, to_dict
-from phi3v.config.schema import EvalSection
+from phi3v.config.running import EvalSection
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.models import as_generator, open_model
@@ -27,7 +27,7 @@ from phi3v.files import publish, write_json
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.weights import STOP_TOKENS, check_shapes
 from phi3v.processing import Phi3VProcessor
-from phi3v.training.checkpoint import find_step
+from phi3v.training.checkpoints.store import find_step
 from phi3v.training.run_folder import CONFIG, RunFolder
 from phi3v.training.zero import read_weights
 

@@ -21,7 +21,12 @@ LAYERS = (
     {"samples"},
 )
 OWNERS = {
-    "deepspeed": {"training/zero.py", "training/ranks.py"},
+    "deepspeed": {
+        "training/zero.py",
+        "training/ranks.py",
+        "training/checkpoints/writer.py",
+        "training/checkpoints/convert.py",
+    },
     "wandb": {"training/tracking.py"},
     "pyarrow": {"data/", "prepare/"},
     "datasets": {"data/", "prepare/"},

@@ -1,13 +1,14 @@
 """Ask a model the held-out rows, and ask them again with the pictures exchanged (blind control)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from phi3v.config.schema import EvalSection
+from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
 from phi3v.data.batch import collate, model_inputs
 from phi3v.data.mixture import Mixture, open_datasets
@@ -22,6 +23,10 @@ EXAMPLES = 12  # rows shown in the report and the W&B table
 Gather = Callable[[Any], list[Any]]
 
 
+class Interrupted(Exception):
+    """Raised by a generator's `tick`: this rank gives its share of an evaluation up."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One held-out row: what it asks, what it should say, what was said seeing and blind."""
@@ -34,6 +39,9 @@ class Outcome:
     blind: str | None
 
 
+_Share = tuple[list[Outcome], np.ndarray]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores by name (those of the blind control begin with blind_), loss, and every answer."""
@@ -42,6 +50,10 @@ class Evaluation:
     loss: float
     outcomes: list[Outcome]
     dataset: Dataset | Mixture
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The scores as they are written to files."""
+        return {name: score.as_dict() for name, score in self.scores.items()}
 
     def examples(self, count: int = EXAMPLES) -> list[Example]:
         """The first rows, with their pictures, as people look at them."""
@@ -69,10 +81,34 @@ def evaluate(
     """Answer `settings.rows` rows of a split of some datasets, shared among ranks, and score them.
 
     `gather` collects one object of every rank on each; all ranks return the same evaluation.
-    Raises: ConfigError if the split has no rows or a metric does not fit.
+    Raises: ConfigError if the split has no rows or a metric does not fit; Interrupted on all ranks
+    if one of them was.
     """
     dataset = open_held_out(folders, settings)
     rows = np.linspace(0, len(dataset) - 1, min(settings.rows, len(dataset))).round().astype(int)
+    share: _Share | None = None
+    with suppress(Interrupted):
+        share = _answer_share(generator, dataset, rows, settings, rank, world_size)
+    shares: list[_Share | None] = gather(share) if gather else [share]
+    whole = [share for share in shares if share is not None]
+    if len(whole) < len(shares):
+        raise Interrupted
+    merged = sorted((o for outcomes, _ in whole for o in outcomes), key=lambda o: o.row)
+    losses = np.sum([loss for _, loss in whole], axis=0)
+    return Evaluation(
+        _scores(settings, folders, merged), float(losses[0] / losses[1]), merged, dataset
+    )
+
+
+def _answer_share(
+    generator: Generator,
+    dataset: Dataset | Mixture,
+    rows: np.ndarray,
+    settings: EvalSection,
+    rank: int,
+    world_size: int,
+) -> _Share:
+    """Every `world_size`-th of the rows, answered; the sum of their losses and trained tokens."""
     partners = exchange([len(dataset[int(row)].images) for row in rows])
     mine = range(rank, len(rows), world_size)
     samples = [dataset[int(rows[i])] for i in mine]
@@ -85,13 +121,7 @@ def evaluate(
         )
         for k, (i, s, text) in enumerate(zip(mine, samples, seen, strict=True))
     ]
-    total = _total_loss(generator, samples)
-    shares = gather((outcomes, total)) if gather else [(outcomes, total)]
-    merged = sorted((o for share, _ in shares for o in share), key=lambda o: o.row)
-    losses = np.sum([loss for _, loss in shares], axis=0)
-    return Evaluation(
-        _scores(settings, folders, merged), float(losses[0] / losses[1]), merged, dataset
-    )
+    return outcomes, _total_loss(generator, samples)
 
 
 def open_held_out(folders: Sequence[str], settings: EvalSection) -> Dataset | Mixture:
@@ -175,6 +205,7 @@ def _total_loss(generator: Generator, samples: Sequence[Sample]) -> np.ndarray:
     total, count = 0.0, 0
     with torch.inference_mode():
         for sample in samples:
+            generator.tick()
             batch = collate([sample])
             inputs = model_inputs(batch, generator.views, generator.model.device)
             total += float(generator.model(**inputs))

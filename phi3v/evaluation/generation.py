@@ -4,7 +4,7 @@ No row's answer depends on the rows it shares a batch with: rows that might cros
 the rotary factors change are answered alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,13 +30,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generator:
-    """A model ready to answer; `max_new_tokens` per answer, `batch_rows` prompts at once."""
+    """A model ready to answer; `max_new_tokens` per answer, `batch_rows` prompts at once.
+
+    `tick` is called before every batch; what it raises ends the answering.
+    """
 
     model: Phi3VForCausalLM
     tokenizer: PreTrainedTokenizerFast
     views: ViewSettings
     max_new_tokens: int
     batch_rows: int
+    tick: Callable[[], None] = lambda: None
 
     def answer(
         self, prompts: Sequence[Prompt], name: str = "answer", quiet: bool = False
@@ -46,6 +50,7 @@ class Generator:
         bar = progress(None, name, "row", total=len(prompts), disable=quiet)
         with bar, torch.inference_mode():
             for rows in self._batches(prompts):
+                self.tick()
                 texts = self._answer_batch([prompts[row] for row in rows])
                 for row, text in zip(rows, texts, strict=True):
                     answers[row] = text

@@ -5,257 +5,266 @@
 The loss of a step is the mean over the trained tokens of all its packs, whatever rank and round
 they fall to: every rank knows how many there are (the index says so), sums its own losses, and
 DeepSpeed's division by ranks and rounds is taken back.
+
+What all ranks must agree on (to stop, to give up, to skip a step) travels with that sum, before the
+last backward pass of a step: no collective more, and no wait for the device.
 """
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
 
 from phi3v.config import DeepSpeedConfig, RunConfig
-from phi3v.data import Dataset
 from phi3v.data.batch import model_inputs
 from phi3v.data.loader import Loader, OnePack, Step
-from phi3v.data.mixture import SIZES, Mixture, open_datasets
-from phi3v.data.packing import Budget, Plan, check_fits
-from phi3v.errors import ConfigError
-from phi3v.evaluation.evaluate import Evaluation, evaluate, open_held_out
-from phi3v.evaluation.generation import Generator
-from phi3v.evaluation.models import check_model
-from phi3v.model import Phi3VConfig, Phi3VForCausalLM
-from phi3v.model.execution import Execution, choose_execution
-from phi3v.model.weights import WeightFiles, load_weights
+from phi3v.data.packing import Position
+from phi3v.errors import CheckpointError
 from phi3v.training import zero
-from phi3v.training.checkpoint import Progress, restore, save
+from phi3v.training.checkpoints.resuming import choose, restore
+from phi3v.training.checkpoints.saving import Progress
 from phi3v.training.console import Console
-from phi3v.training.metering import Meter, sample_costs
-from phi3v.training.optimizer import freeze, learning_rates, parameter_groups
+from phi3v.training.faults import HISTORY, MAX_ROLLBACKS, reason_to_skip, spike_limit
+from phi3v.training.metering import Meter
+from phi3v.training.opening import Run, open_run
+from phi3v.training.optimizer import learning_rates
 from phi3v.training.profile import profiled
 from phi3v.training.ranks import Ranks
-from phi3v.training.results import write_results
-from phi3v.training.run_folder import RunFolder
-from phi3v.training.tracking import Tracker
+from phi3v.training.session import (
+    Session,
+    finish,
+    forget_later_steps,
+    report,
+    run_evaluation,
+    save,
+    start,
+    stop_here,
+)
+from phi3v.training.stopping import StopRequests
+from phi3v.training.watchdog import Watchdog
 
 
-@dataclass(frozen=True)
-class Run:
-    """What stays the same while a run trains."""
+@dataclass
+class Trail:
+    """What the steps behind say about the next.
 
-    cfg: RunConfig
-    ds: DeepSpeedConfig
-    ranks: Ranks
-    folder: RunFolder
-    dataset: Dataset | Mixture
-    plan: Plan
-    total_steps: int
-    device: torch.device
-    execution: Execution
+    losses   of the last steps that were not skipped
+    skipped  where the steps are that were skipped since
+    """
+
+    losses: list[float]
+    skipped: list[Position]
 
 
-def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> None:
+def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests) -> None:
     """Train to the end, going on where an unfinished run stopped; all ranks call.
 
     Raises: ConfigError, ShardError or CheckpointError before the first step if anything does not
-    fit together.
+    fit together; Stopped after saving if it was asked to stop.
     """
     run = open_run(cfg, ds, ranks)
     if _is_finished(run):
         if ranks.is_first:
             print(f"{run.folder.path} is finished: {run.total_steps} steps; see summary.json")
         return
-    zero.start_process_group()
+    stop.watch(run.folder.path, cfg.train.stop_after)
+    zero.start_process_group(cfg.train.hang_timeout)
     lock = zero.first_rank_does(run.folder.lock, ranks.is_first)
-    if cfg.debug.deterministic:
-        torch.use_deterministic_algorithms(True)
-    torch.manual_seed(cfg.run.seed)
-    model = load_model(cfg, ds)
-    model.set_execution(run.execution)
-    engine = zero.build_engine(model, parameter_groups(model, cfg), ds)
-    done = restore(engine, run.folder.checkpoints)
-    if ranks.is_first:
-        print(run.execution, file=sys.stderr)
-        data = describe_data(run.dataset)
-        run.folder.write_origin(cfg, ds, data, ranks.world_size, asdict(run.execution))
-        run.folder.keep_metrics(done.step)
-    tracker = Tracker(cfg, run.folder.path, ranks.is_first)
-    done = run_steps(run, engine, done, tracker)
-    finish(run, engine, done, tracker)
-    tracker.finish()
-    zero.leave_together()
+    with closing(Watchdog(cfg.train.hang_timeout, run.folder.path, ranks.rank)) as watchdog:
+        session, done = start(run, stop, watchdog)
+        done = run_steps(session, done)
+        finish(session, done)
+        session.tracker.finish()
+        zero.leave_together()
     if lock:
         lock.close()
 
 
-def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
-    """Check everything that can be checked before anything slow starts."""
-    folder = RunFolder(Path(cfg.run.out))
-    folder.check_recipe(cfg, ds)
-    dataset = open_datasets(cfg.data.folders, "train", [part.weight for part in cfg.data.parts])
-    if not len(dataset):
-        raise ConfigError(
-            f"{', '.join(cfg.data.folders)} has no rows in split 'train', so there is nothing to "
-            "train on; prepare it with a smaller split.validation, or from more rows"
-        )
-    for part in dataset.datasets:
-        check_model(part, cfg.model.path)
-    if cfg.eval.rows:
-        open_held_out(cfg.data.folders, cfg.eval)
-    plan = plan_steps(cfg, ds, dataset)
-    check_fits(plan, lambda index: dataset[index].id)
-    steps = cfg.train.max_steps
-    if steps is None:
-        assert cfg.train.epochs is not None
-        steps = plan.count(cfg.train.epochs)
-    has_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.local_rank) if has_cuda else torch.device("cpu")
-    execution = choose_execution(cfg.model, device, dtype_of(ds))
-    return Run(cfg, ds, ranks, folder, dataset, plan, steps, device, execution)
+def run_steps(session: Session, done: Progress) -> Progress:
+    """Train until the last step, going back where too many steps in a row are bad."""
+    while True:
+        trail, left_out = zero.from_first_rank(read_trail(session.run))
+        done = run_until_bad(session, done, trail, left_out)
+        if len(trail.skipped) < session.run.cfg.faults.rollback_after:
+            return done
+        done = go_back(session, done, trail)
 
 
-def plan_steps(cfg: RunConfig, ds: DeepSpeedConfig, dataset: Dataset | Mixture) -> Plan:
-    """The sequence of steps: which samples share a pack, and which packs a step."""
-    config = Phi3VConfig.from_pretrained(cfg.model.path)
-    return Plan(
-        dataset.fingerprint,
-        cfg.run.seed,
-        dataset.tokens,
-        dataset.views,
-        sample_costs(config, dataset, cfg.data.cost, cfg.model.freeze),
-        Budget(cfg.data.max_tokens, cfg.data.max_views, cfg.data.window),
-        ds.train_batch_size,
-        cfg.data.window_steps,
-        dataset.parts,
-    )
+def read_trail(run: Run) -> tuple[Trail, list[Position]]:
+    """What the run folder says of the steps so far, and the positions that are left out."""
+    if not run.ranks.is_first:
+        return Trail([], []), []
+    good = [line for line in run.folder.read_metrics() if not line.get("skipped")]
+    last_good = good[-1]["step"] if good else 0
+    left_out = run.folder.faults.left_out()
+    recent = [f for f in run.folder.faults.read() if f.get("step", 0) > last_good]
+    skipped = [at for fault in recent if (at := Position(**fault["at"])) not in left_out]
+    return Trail([line["loss"] for line in good[-HISTORY:]], skipped), left_out
 
 
-def load_model(cfg: RunConfig, ds: DeepSpeedConfig) -> Phi3VForCausalLM:
-    """The model in training mode, in the JSON's precision, with frozen parts."""
-    with torch.device("meta"):
-        model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(cfg.model.path))
-    with WeightFiles(cfg.model.path) as files:
-        if ds.zero_stage == 3:
-            zero.load_partitioned(model, files, dtype_of(ds), ds)
-        else:
-            load_weights(model, files, dtype_of(ds))
-    freeze(model, cfg.model.freeze)
-    return model.train()
-
-
-def dtype_of(ds: DeepSpeedConfig) -> torch.dtype:
-    """What the JSON lets the model compute in."""
-    return torch.bfloat16 if ds.bf16 else torch.float32
-
-
-def run_steps(run: Run, engine: Any, done: Progress, tracker: Tracker) -> Progress:
-    """Train until the last step; save and evaluate on the way."""
+def run_until_bad(
+    session: Session, done: Progress, trail: Trail, left_out: list[Position]
+) -> Progress:
+    """Train until the last step or until too many are skipped; save, evaluate, stop on the way."""
+    run, engine = session.run, session.engine
     cfg, ranks = run.cfg, run.ranks
     plan = OnePack(run.plan) if cfg.debug.overfit_one_pack else run.plan
     loader = Loader(run.dataset, plan, ranks.rank, ranks.world_size, run.device)
     meter = Meter(run.dataset, engine.module.config, cfg, run.ds, ranks.world_size, run.device)
-    steps = loader.steps(done.position, cfg.train.epochs)
+    steps = loader.steps(done.position, cfg.train.epochs, frozenset(left_out))
     console = Console(run.total_steps, done.step, ranks.is_first)
-    while done.step < run.total_steps:
+    while done.step < run.total_steps and len(trail.skipped) < cfg.faults.rollback_after:
         began = time.perf_counter()
-        step = next(steps)
+        step = next(steps, None)
+        if step is None:  # an epoch has fewer steps where some are left out
+            break
         number = done.step + 1
         rates = learning_rates(number, run.total_steps, cfg)
+        limit = spike_limit(trail.losses, cfg.faults.spike)
         with profiled(run.folder.profile, number, cfg.debug.profile_steps, ranks.rank):
-            loss, norm = train_step(run, engine, loader, step, rates)
-        metrics: dict[str, Any] = {"step": number, "epoch": step.epoch, "loss": loss}
-        metrics |= {"grad_norm": norm, "lr": rates}
-        metrics |= meter.measure(step, time.perf_counter() - began)
+            result = train_step(run, engine, loader, step, rates, limit, wishes(session))
+        session.watchdog.beat()
+        reason = reason_to_skip(result.loss, result.norm, limit)
+        metrics: dict[str, Any] = {"step": number, "epoch": step.at.epoch}
+        metrics |= {"loss": _finite(result.loss), "grad_norm": _finite(result.norm), "lr": rates}
+        metrics |= meter.measure(step, time.perf_counter() - began) | {"skipped": reason}
         done = Progress(number, step.after)
-        if ranks.is_first:
-            run.folder.add_metrics(metrics)
+        note(session, metrics, step)
         console.step(metrics)
-        tracker.log(number, {"train": metrics})
-        if number < run.total_steps:
-            if number % cfg.checkpoint.every == 0:
-                save(engine, run.folder.checkpoints, done, cfg.checkpoint.keep, ranks.is_first)
-            if cfg.eval.rows and cfg.eval.every and number % cfg.eval.every == 0:
-                report(run, run_evaluation(run, engine), done, tracker, is_finished=False)
+        if reason:
+            trail.skipped.append(step.at)
+        else:
+            trail.losses.append(result.loss)
+            trail.skipped.clear()
+        after_step(session, done, result, is_good=reason is None)
     steps.close()
     console.close()
     return done
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """The mean loss over a step's trained tokens, its gradient's norm, what the ranks wish."""
+
+    loss: float
+    norm: float
+    is_stopping: bool = False
+    has_failed: bool = False
+
+
+def wishes(session: Session) -> tuple[bool, bool]:
+    """Whether this rank was asked to stop, and whether it could not write a checkpoint."""
+    is_stopping = session.stop.reason() is not None
+    return is_stopping, session.saver.writer.error is not None
+
+
 def train_step(
-    run: Run, engine: Any, loader: Loader, step: Step, rates: dict[Any, float]
-) -> tuple[float | None, float | None]:
-    """One optimizer step: the mean loss over its trained tokens, and the gradient's norm."""
+    run: Run,
+    engine: Any,
+    loader: Loader,
+    step: Step,
+    rates: dict[Any, float],
+    limit: float = float("inf"),
+    wishes: tuple[bool, bool] = (False, False),
+) -> StepResult:
+    """One optimizer step; without effect on the weights if its loss is not finite or over `limit`.
+
+    wishes  to stop, to give up: what one rank wishes, all get to know
+    """
     trained = sum(int(run.dataset.label_tokens[pack].sum()) for pack in step.packs)
     undo = run.ranks.world_size * run.ds.accumulation  # what DeepSpeed will divide by
     zero.set_learning_rates(engine, rates)
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
-    for batch in loader.on_device(step.batches):
+    sums = torch.tensor([0.0, *wishes], dtype=torch.float64).to(run.device, non_blocking=True)
+    for number, batch in enumerate(loader.on_device(step.batches), 1):
         loss = engine(**model_inputs(batch, run.dataset.view_settings, run.device))
+        sums[0] += loss.detach().double()
+        if number == len(step.batches):
+            zero.sum_over_ranks(sums)
+            loss = loss * _effect(sums[0] / max(1, trained), limit)
         engine.backward(loss * (undo / max(1, trained)))
         engine.step()
-        total += loss.detach().double()
-    mean = float(zero.sum_over_ranks(total)) / max(1, trained)
-    return _finite(mean), _finite(zero.total_norm(engine))
+    total, stopping, failed = sums.tolist()
+    norm = zero.total_norm(engine)
+    return StepResult(total / max(1, trained), norm, bool(stopping), bool(failed))
+
+
+def _effect(loss: Tensor, limit: float) -> Tensor:
+    """One; NaN for a loss that must not move the weights: DeepSpeed skips such a gradient."""
+    is_good = (loss <= limit) & loss.isfinite()
+    return torch.where(is_good, 1.0, float("nan")).float()
+
+
+def note(session: Session, metrics: dict[str, Any], step: Step) -> None:
+    """Write a step down: metrics.jsonl, W&B, and faults.jsonl if it was skipped."""
+    run, number, reason = session.run, metrics["step"], metrics["skipped"]
+    if not run.ranks.is_first:
+        return
+    if reason:
+        samples = [[run.dataset[int(i)].id for i in pack] for pack in step.packs]
+        fault = {"step": number, "at": asdict(step.at), "reason": reason}
+        fault |= {name: metrics[name] for name in ("loss", "grad_norm")} | {"samples": samples}
+        run.folder.faults.add(fault)
+        print(f"step {number} is skipped: {reason}; see faults.jsonl", file=sys.stderr)
+    run.folder.check_owner()
+    run.folder.add_metrics(metrics)
+    session.tracker.log(number, {"train": metrics})
+
+
+def after_step(session: Session, done: Progress, result: StepResult, is_good: bool) -> None:
+    """Save and evaluate when it is time, and stop if a rank was asked to.
+
+    Raises: CheckpointError on all ranks if one could not write; Stopped after saving.
+    """
+    run, cfg = session.run, session.run.cfg
+    if result.has_failed:
+        session.saver.wait()
+    is_last = done.step == run.total_steps
+    if result.is_stopping and not is_last:
+        stop_here(session, done)
+    if is_good and not is_last and done.step % cfg.checkpoint.every == 0:
+        save(session, done)
+    if cfg.eval.rows and cfg.eval.every and done.step % cfg.eval.every == 0 and not is_last:
+        evaluation = run_evaluation(session)
+        if evaluation:
+            report(session, evaluation, done, is_finished=False)
+
+
+def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
+    """Load the last checkpoint before the skipped steps, whose packs are left out from now on.
+
+    Raises: CheckpointError if there is none, or going back has not helped before.
+    """
+    run, first_bad = session.run, done.step - len(trail.skipped) + 1
+    session.saver.wait()
+    choice = choose(run.folder.checkpoints, run.ranks, before=first_bad)
+    tried = zero.from_first_rank(run.folder.faults.rollbacks_to(choice.step if choice else 0))
+    if choice is None or tried >= MAX_ROLLBACKS or run.cfg.debug.overfit_one_pack:
+        raise CheckpointError(
+            f"steps {first_bad} to {done.step} of {run.folder.path} were skipped, and going back "
+            f"{'has not helped' if tried else 'is not possible'}; {run.folder.faults.path} has "
+            "their reasons and samples, look at those, or lower optim.lr in another run"
+        )
+    back = restore(session.engine, choice, run.ranks)
+    session.saver.saved_step = back.step
+    if run.ranks.is_first:
+        print(f"going back to step {back.step}, steps {first_bad} on are left out", file=sys.stderr)
+        run.folder.faults.add_rollback(back.step, trail.skipped)
+        forget_later_steps(run, back, dict(choice.manifest))
+    session.watchdog.beat()
+    return back
 
 
 def _is_finished(run: Run) -> bool:
     summary = run.folder.read_summary() or {}
-    return bool(summary.get("is_finished")) and summary["steps"] >= run.total_steps
-
-
-def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
-    """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe)."""
-    return {
-        "shards": ", ".join(str(part.folder) for part in dataset.datasets),
-        "fingerprint": dataset.fingerprint,
-        **{name: dataset.entry[name] for name in SIZES},
-    }
+    left_out = len(run.folder.faults.left_out()) if run.cfg.train.epochs else 0
+    return bool(summary.get("is_finished")) and summary["steps"] >= run.total_steps - left_out
 
 
 def _finite(value: float) -> float | None:
     """None for what JSON cannot say."""
     return value if np.isfinite(value) else None
-
-
-def run_evaluation(run: Run, engine: Any) -> Evaluation:
-    """Gather the weights into a whole model on every rank, and share the held-out rows out."""
-    cfg = run.cfg
-    with torch.device("meta"):
-        whole = Phi3VForCausalLM(engine.module.config).to(dtype_of(run.ds))
-    whole = whole.to_empty(device=run.device)
-    zero.copy_weights(engine.module, whole)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(cfg.model.path)
-    generator = Generator(
-        whole.eval(),
-        tokenizer,
-        run.dataset.view_settings,
-        cfg.eval.max_new_tokens,
-        cfg.eval.batch_rows,
-    )
-    ranks = run.ranks
-    return evaluate(
-        generator, cfg.data.folders, cfg.eval, ranks.rank, ranks.world_size, zero.gather_objects
-    )
-
-
-def finish(run: Run, engine: Any, done: Progress, tracker: Tracker) -> None:
-    """Save the last checkpoint, evaluate, and write summary and report."""
-    save(engine, run.folder.checkpoints, done, run.cfg.checkpoint.keep, run.ranks.is_first)
-    evaluation = run_evaluation(run, engine) if run.cfg.eval.rows else None
-    report(run, evaluation, done, tracker, is_finished=True)
-
-
-def report(
-    run: Run, evaluation: Evaluation | None, done: Progress, tracker: Tracker, is_finished: bool
-) -> None:
-    """Tell what was found: W&B, summary.json, predictions.jsonl, report.html."""
-    if not run.ranks.is_first:
-        return
-    if evaluation:
-        scores = {name: score.value for name, score in evaluation.scores.items()}
-        tracker.log(done.step, {"eval": {"loss": evaluation.loss, **scores}})
-        tracker.log_examples(done.step, evaluation.examples())
-    write_results(run.folder, run.cfg, evaluation, done.step, is_finished)

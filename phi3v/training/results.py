@@ -28,7 +28,7 @@ def write_results(
         "throughput": throughput(steps),
         "paths": {"report": str(folder.path / REPORT), "checkpoints": str(folder.checkpoints)},
         "evaluation_loss": evaluation.loss if evaluation else None,
-        "metrics": {n: s.as_dict() for n, s in evaluation.scores.items()} if evaluation else {},
+        "metrics": evaluation.metrics() if evaluation else {},
     }
     if evaluation:
         lines = [json.dumps(asdict(o), ensure_ascii=False) for o in evaluation.outcomes]
@@ -37,6 +37,21 @@ def write_results(
     path = folder.path / REPORT
     write_report(path, folder.path.name, steps, summary, examples, facts(folder, cfg))
     folder.write_summary(summary)
+
+
+def best_scores(entries: Sequence[Mapping[str, Any]], best: str | None) -> dict[int, float]:
+    """How good the evaluated steps are by `checkpoint.best`, higher is better; none without it.
+
+    entries  lines of evaluations.jsonl
+    """
+    if best is None:
+        return {}
+    sign = -1 if best == "loss" or best.endswith("_mape") else 1
+    return {
+        entry["step"]: sign * (entry["loss"] if best == "loss" else entry["metrics"][best]["value"])
+        for entry in entries
+        if best == "loss" or best in entry["metrics"]
+    }
 
 
 def totals(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,18 +16,21 @@ import torch
 import yaml
 
 from phi3v.config import DeepSpeedConfig, RunConfig, differing_keys, dump_yaml, to_dict
-from phi3v.errors import ConfigError
-from phi3v.files import write_json, write_text
+from phi3v.errors import CheckpointError, ConfigError
+from phi3v.files import sync, write_json, write_text
+from phi3v.training.faults import FaultLog
 
 CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
     "config.yaml deepspeed.json environment.json data.json".split()
 )
 METRICS, SUMMARY, REPORT = "metrics.jsonl summary.json report.html".split()
+EVALUATIONS, FAULTS, LOCK = "evaluations.jsonl faults.jsonl .lock".split()
+LOCK_SECONDS = 10.0  # that an owner may take to end
 # A folder that was moved is the same run; the DeepSpeed JSON is compared by what is in it.
 CHANGEABLE = (
     *("run.out", "deepspeed", "train.max_steps", "eval.", "wandb.", "checkpoint."),
     *("model.checkpointing", "model.vision_checkpointing", "model.offload_activations"),
-    "debug.profile_steps",
+    *("train.stop_after", "train.hang_timeout", "faults.", "debug.profile_steps"),
 )
 PACKAGES = (
     *("phi3v", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "pillow", "wandb"),
@@ -45,28 +49,55 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def faults(self) -> FaultLog:
+        return FaultLog(self.path / FAULTS)
+
+    @property
     def profile(self) -> Path:
         return self.path / "profile"
 
-    def lock(self) -> IO[str]:
+    def lock(self, patience: float = LOCK_SECONDS) -> IO[str]:
         """Become the owner of the folder until the returned file is closed or the process ends.
+
+        patience  seconds to wait for an owner about to end, as ranks are whose launcher was killed
 
         Raises: ConfigError naming the host and process that own it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"run.out {self.path} is in use by {file.read().strip() or 'another process'}; "
-                "wait for it, or name another folder"
-            ) from None
+        file = (self.path / LOCK).open("a+")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                file.seek(0)
+                raise ConfigError(
+                    f"run.out {self.path} is in use by {file.read().strip() or 'another process'}; "
+                    "wait for it, or name another folder"
+                ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(_this_process())
         file.flush()
         return file
+
+    def check_owner(self) -> None:
+        """Refuse to go on where another start has become the owner.
+
+        Some shared file systems lock on each host alone: there a rank on a node that was given up
+        for dead would go on writing beside the run that took its place.
+
+        Raises: ConfigError naming the other.
+        """
+        owner = (self.path / LOCK).read_text(encoding="utf-8").strip()
+        if owner != _this_process():
+            raise ConfigError(
+                f"run.out {self.path} was taken over by {owner or 'another process'}; this process "
+                "ends and leaves the run to it"
+            )
 
     def check_recipe(self, cfg: RunConfig, ds: DeepSpeedConfig) -> None:
         """Refuse to go on with another recipe than the run was started with.
@@ -109,16 +140,51 @@ class RunFolder:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def keep_metrics(self, last_step: int) -> None:
-        """Drop the lines of steps that are about to be repeated."""
-        kept = [m for m in self.read_metrics() if m["step"] <= last_step]
-        lines = [json.dumps(metrics, allow_nan=False) + "\n" for metrics in kept]
-        write_text(self.path / METRICS, "".join(lines))
+    @property
+    def metrics_bytes(self) -> int:
+        """Size of the metrics so far, on the disk: what a checkpoint remembers."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return 0
+        sync(path)
+        return path.stat().st_size
+
+    def cut_metrics(self, size: int) -> None:
+        """Drop the lines of steps that are about to be repeated.
+
+        size  bytes when the checkpoint was saved
+
+        Raises: CheckpointError if the file is shorter than that.
+        """
+        path = self.path / METRICS
+        path.touch()
+        if path.stat().st_size < size:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes, its checkpoint was saved with "
+                f"{size:,}; put the file back, or name another run.out to start anew"
+            )
+        os.truncate(path, size)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append one step's line."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """What the evaluations gave so far, the last of a step that was repeated."""
+        path = self.path / EVALUATIONS
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        return list({entry["step"]: entry for entry in found}.values())
+
+    def add_evaluation(self, step: int, loss: float, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Append what an evaluation gave; returns its line."""
+        entry = {"step": step, "loss": loss, "metrics": metrics}
+        with (self.path / EVALUATIONS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        return entry
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, None before."""
@@ -127,6 +193,10 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / SUMMARY, summary)
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:

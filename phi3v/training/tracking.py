@@ -8,16 +8,33 @@ from typing import Any
 
 from phi3v.config import RunConfig, to_dict
 from phi3v.evaluation.report import Example
+from phi3v.files import write_text
 
 RUN_ID = "wandb-id"
 
 
 class Tracker:
-    """One W&B run, or none (`wandb.mode=disabled`, and on all ranks but the first)."""
+    """One W&B run, or none (`wandb.mode=disabled`, and on all ranks but the first).
 
-    def __init__(self, cfg: RunConfig, folder: Path, is_first: bool) -> None:
+    known_id  the run's id if a checkpoint knows it
+    seen      the last step that an earlier start has logged, and `evaluated` the last of which it
+              has logged an evaluation. Offline they are not logged again; online W&B drops them.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        folder: Path,
+        is_first: bool,
+        known_id: str | None = None,
+        seen: int = 0,
+        evaluated: int = 0,
+    ) -> None:
         mode: Any = os.environ.get("WANDB_MODE") or cfg.wandb.mode
         self._run: Any = None
+        is_offline = mode == "offline"
+        self._seen, self._evaluated = (seen, evaluated) if is_offline else (0, 0)
+        self.id: str | None = known_id
         if not is_first or mode == "disabled":
             return
         # Tables' pictures and wandb's own logs; by default they would litter the home folder.
@@ -28,32 +45,36 @@ class Tracker:
 
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
+        self.id = self._find_id(folder, known_id)
         self._run = wandb.init(
             project=cfg.wandb.project,
             name=folder.name,
-            id=self._id(folder),
+            id=self.id,
             resume="allow",
             dir=str(folder),
             mode=mode,
             config=to_dict(cfg),
         )
 
-    def _id(self, folder: Path) -> str:
+    def _find_id(self, folder: Path, known_id: str | None) -> str:
         """The run's id, the same after every restart."""
         path = folder / "wandb" / RUN_ID
         if not path.is_file():
-            path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+            write_text(path, known_id or uuid.uuid4().hex[:8])
         return path.read_text(encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Log the numbers of a step; nested names become a/b, missing values are left out."""
-        if self._run is not None:
+        if self._run is not None and step > self._seen:
             self._run.log(dict(_flatten(values)), step=step)
 
-    def log_examples(self, step: int, examples: Sequence[Example]) -> None:
-        """Log a table of held-out rows: picture, question, reference, answer, blind answer."""
-        if self._run is None:
+    def log_evaluation(
+        self, step: int, values: Mapping[str, Any], examples: Sequence[Example]
+    ) -> None:
+        """Log numbers, and a table of rows: picture, question, reference, answer, blind answer."""
+        if self._run is None or step <= self._evaluated:
             return
+        self._run.log(dict(_flatten(values)), step=step)
         columns: list[Any] = ["image", "prompt", "reference", "prediction", "blind", "right"]
         table = self._wandb.Table(columns=columns)
         for example in examples:

@@ -18,11 +18,12 @@ from phi3v.model import LAYERS
 from phi3v.model.weights import WeightFiles, check_shapes, parameter_places
 
 Result = TypeVar("Result")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+MARGIN_SECONDS = 60.0  # a hang is the watchdog's, which shows where; then the collective gives up
 
 
-def start_process_group(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
+def start_process_group(hang_seconds: float = 1800.0) -> None:
     """Join the other ranks (nccl on CUDA, gloo elsewhere)."""
+    timeout = timedelta(seconds=hang_seconds + MARGIN_SECONDS)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     torch.distributed.barrier()  # all ranks of this host have mapped each other's buffers
     _unlink_shared_memory()
@@ -113,6 +114,13 @@ def gather_objects(value: Any) -> list[Any]:
     return shares
 
 
+def from_first_rank(value: Result) -> Result:
+    """The first rank's value, a picklable one, on all ranks."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def first_rank_does(task: Callable[[], Result], is_first: bool) -> Result | None:
     """Let the first rank do something; if it fails for a user's mistake, all ranks raise that.
 
@@ -129,6 +137,12 @@ def first_rank_does(task: Callable[[], Result], is_first: bool) -> Result | None
     if failure[0] is not None:
         raise failure[0]
     return result
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str) -> None:
+    """Load a checkpoint of this number of ranks; all ranks call."""
+    engine._config.load_universal_checkpoint = False
+    engine.load_checkpoint(str(folder), tag=tag)
 
 
 def read_weights(checkpoints: Path, tag: str) -> dict[str, Tensor]:

@@ -8,14 +8,13 @@ The first rank writes OUT by torch.save.
 """
 
 import sys
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from phi3v.training.ranks import Ranks, run_command, set_environment
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = 60.0
 KINDS = ("none", "one", "many")
 
 
@@ -39,7 +38,8 @@ def gradients(path: Path, ranks: Ranks) -> dict[str, Any]:
     from phi3v.data.loader import Loader
     from phi3v.data.packing import Position
     from phi3v.training import zero
-    from phi3v.training.loop import load_model, open_run, train_step
+    from phi3v.training.loop import train_step
+    from phi3v.training.opening import load_model, open_run
     from phi3v.training.optimizer import learning_rates, parameter_groups
     from phi3v.training.start import load_run
 
@@ -61,10 +61,10 @@ def gradients(path: Path, ranks: Ranks) -> dict[str, Any]:
         take_step()
 
     engine.step = look_and_step
-    loss, norm = train_step(run, engine, loader, step, learning_rates(1, 10, cfg))
+    result = train_step(run, engine, loader, step, learning_rates(1, 10, cfg))
     steps.close()
     samples = [[int(i) for i in pack] for pack in step.packs]
-    return {"loss": loss, "norm": norm, "samples": samples, "gradients": found}
+    return {"loss": result.loss, "norm": result.norm, "samples": samples, "gradients": found}
 
 
 def kinds(path: Path, ranks: Ranks) -> list[list[float]]:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3v.config.schema import EvalSection
+from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
 from phi3v.data.batch import collate, model_inputs
 from phi3v.errors import ConfigError, ShardError

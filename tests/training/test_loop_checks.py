@@ -10,9 +10,11 @@ from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepsp
 from phi3v.data.packing import Position
 from phi3v.errors import ConfigError, ShardError
 from phi3v.prepare import prepare
-from phi3v.training.loop import Run, open_run, train
+from phi3v.training.loop import train
+from phi3v.training.opening import Run, open_run
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder
+from phi3v.training.stopping import StopRequests
 from tests.tiny import make_model, product_recipe, write_samples
 
 DEEPSPEED = load_deepspeed(default_deepspeed(has_cuda=False), world_size=2)
@@ -125,7 +127,7 @@ def test_a_finished_run_says_so_and_is_not_started(
     folder.path.mkdir()
     folder.write_summary({"is_finished": True, "steps": 3})
     cfg = build_recipe(RunConfig, values, Path("demo.yaml"), [])
-    train(cfg, DEEPSPEED, RANKS)  # would look for other ranks otherwise
+    train(cfg, DEEPSPEED, RANKS, StopRequests())  # would look for other ranks otherwise
     assert capsys.readouterr().out == f"{folder.path} is finished: 3 steps; see summary.json\n"
     assert [path.name for path in folder.path.iterdir()] == ["summary.json"]
     assert json.loads((folder.path / "summary.json").read_text())["steps"] == 3

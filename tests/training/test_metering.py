@@ -220,7 +220,7 @@ def meter(build: Build) -> Meter:
 
 def step(*packs: list[int]) -> Step:
     arrays = [np.array(pack) if pack else NO_SAMPLES for pack in packs]
-    return Step(arrays, (), 0, Position(), wait_seconds=0.25)
+    return Step(arrays, (), Position(), Position(), wait_seconds=0.25)
 
 
 def test_a_step_is_measured_over_all_ranks(meter: Meter, dataset: Dataset) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepspeed
-from phi3v.training.results import throughput, write_results
+from phi3v.training.results import best_scores, throughput, write_results
 from phi3v.training.run_folder import RunFolder
 
 
@@ -106,3 +106,16 @@ def test_summary_and_report_tell_the_throughput_and_every_dataset(tmp_path: Path
     report = (tmp_path / "report.html").read_text()
     assert "<h2>Throughput</h2>" in report and "<td>50</td>" in report  # tokens per second
     assert "shards/one, shards/two x 0.25 (12 samples, abc)" in report
+
+
+@pytest.mark.parametrize(
+    ("best", "order"),
+    [("loss", [8, 4]), ("exact_match", [4, 8]), ("price_mape", [8, 4]), ("unknown", []), (None, [])],
+)
+def test_the_best_step_has_the_highest_score(best: str | None, order: list[int]) -> None:
+    def entry(step: int, loss: float, exact: float, error: float) -> dict[str, Any]:
+        values = {"exact_match": {"value": exact}, "price_mape": {"value": error}}
+        return {"step": step, "loss": loss, "metrics": values}
+
+    scores = best_scores([entry(4, 2.0, 0.5, 0.3), entry(8, 1.0, 0.25, 0.1)], best)
+    assert sorted(scores, key=lambda step: -scores[step]) == order

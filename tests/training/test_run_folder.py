@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from phi3v.config import (
     load_deepspeed,
     to_dict,
 )
-from phi3v.errors import ConfigError
+from phi3v.errors import CheckpointError, ConfigError
 from phi3v.training.run_folder import RunFolder, describe_environment
 
 RECIPE = {
@@ -61,7 +62,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def test_a_second_owner_is_told_who_the_first_is(tmp_path: Path) -> None:
     lock = RunFolder(tmp_path / "new").lock()
     with pytest.raises(ConfigError) as caught:
-        RunFolder(tmp_path / "new").lock()
+        RunFolder(tmp_path / "new").lock(patience=0)
     assert str(caught.value) == (
         f"run.out {tmp_path / 'new'} is in use by process {os.getpid()} on "
         f"{socket.gethostname()}; wait for it, or name another folder"
@@ -70,13 +71,32 @@ def test_a_second_owner_is_told_who_the_first_is(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new").lock().close()
 
 
+def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path).lock()
+    threading.Timer(0.5, first.close).start()
+    RunFolder(tmp_path).lock().close()
+
+
+def test_a_process_that_was_given_up_for_dead_leaves_the_folder_to_the_other(
+    tmp_path: Path,
+) -> None:
+    """Where a lock holds on its own host only, the name in it changes under the first owner."""
+    folder = RunFolder(tmp_path)
+    lock = folder.lock()
+    folder.check_owner()
+    (tmp_path / ".lock").write_text("process 7 on node2")
+    with pytest.raises(ConfigError, match="was taken over by process 7 on node2; this process"):
+        folder.check_owner()
+    lock.close()
+
+
 @pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == "locked\n"
         with pytest.raises(ConfigError, match=f"in use by process {owner.pid} on "):
-            RunFolder(tmp_path).lock()
+            RunFolder(tmp_path).lock(patience=0)
         owner.send_signal(signal.SIGKILL)
         owner.wait(timeout=10)
     RunFolder(tmp_path).lock().close()
@@ -96,6 +116,8 @@ def test_a_new_folder_takes_any_recipe(tmp_path: Path) -> None:
         "eval={rows: 3, every: 5}",
         "wandb.mode=disabled",
         "checkpoint={every: 7, keep: 1}",
+        "train={max_steps: 10, stop_after: 60, hang_timeout: 90}",
+        "faults.spike=8",
         "run.out=/moved/demo",
         "deepspeed=a/copy/of/the/same.json",
     ],
@@ -162,10 +184,12 @@ def test_the_origin_says_what_the_run_is_made_of(folder: RunFolder) -> None:
 
 def test_steps_are_lines_and_those_to_be_repeated_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert folder.read_metrics() == []
+    assert folder.read_metrics() == [] and folder.metrics_bytes == 0
+    sizes = []
     for number in range(1, 6):
         folder.add_metrics({"step": number, "loss": 1 / number})
-    folder.keep_metrics(3)
+        sizes.append(folder.metrics_bytes)
+    folder.cut_metrics(sizes[2])
     folder.add_metrics({"step": 4, "loss": None})
     assert [line["step"] for line in folder.read_metrics()] == [1, 2, 3, 4]
     assert folder.read_metrics()[1:2] == [{"step": 2, "loss": 0.5}]
@@ -174,11 +198,30 @@ def test_steps_are_lines_and_those_to_be_repeated_are_dropped(tmp_path: Path) ->
 def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.add_metrics({"step": 1, "loss": 2.0})
+    size = folder.metrics_bytes
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    folder.keep_metrics(2)
+    assert folder.read_metrics() == [{"step": 1, "loss": 2.0}]
+    folder.cut_metrics(size)
     folder.add_metrics({"step": 2, "loss": 1.0})
     assert folder.read_metrics() == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
+def test_metrics_that_somebody_has_shortened_are_not_gone_on_with(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.add_metrics({"step": 1, "loss": 2.0})
+    size = folder.metrics_bytes
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=f"has 0 bytes, its checkpoint .* with {size}; put"):
+        folder.cut_metrics(size)
+
+
+def test_an_evaluation_that_was_repeated_counts_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.read_evaluations() == []
+    for step, loss in ((4, 2.0), (8, 1.0), (8, 0.5)):
+        assert folder.add_evaluation(step, loss, {})["loss"] == loss
+    assert [(e["step"], e["loss"]) for e in folder.read_evaluations()] == [(4, 2.0), (8, 0.5)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

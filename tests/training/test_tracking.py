@@ -31,13 +31,15 @@ from phi3v.evaluation.report import Example
 from phi3v.training.tracking import Tracker
 
 cfg = build_recipe(RunConfig, {RECIPE}, Path("demo.yaml"), [])
-tracker = Tracker(cfg, Path(sys.argv[1]), is_first=True)
-for step in map(int, sys.argv[2:]):
+seen = int(sys.argv[2])
+tracker = Tracker(cfg, Path(sys.argv[1]), True, "known-id", seen=seen, evaluated=seen)
+for step in map(int, sys.argv[3:]):
     values = {{"loss": 1 / step, "lr": {{"vision": 0.125}}, "mfu": None}}
     tracker.log(step, {{"train": values}})
 picture = np.zeros((8, 8, 3), dtype=np.uint8)
 shown = Example(picture, "What is it?", "A bag", "A tie", "A hat", False)
-tracker.log_examples(step, [shown, Example(None, "And in words?", "One", "One", None, True)])
+answers = [shown, Example(None, "And in words?", "One", "One", None, True)]
+tracker.log_evaluation(step, {{"eval": {{"loss": 0.25}}}}, answers)
 tracker.finish()
 """
 BLOCK_BYTES, HEADER_BYTES, FILE_HEADER_BYTES = 32768, 7, 7
@@ -46,7 +48,7 @@ FULL, LAST = 1, 4
 
 @dataclass(frozen=True)
 class Lives:
-    """One run that was started twice: its folder, and what else it might have written to."""
+    """A run that was started twice, step 2 done both times, and what else it might have written."""
 
     folder: Path
     home: Path
@@ -65,7 +67,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment = kept | {"HOME": str(home)}
     outputs = []
-    for steps in (("1", "2"), ("3",)):
+    for steps in (("0", "1", "2"), ("2", "2", "3")):
         command = [sys.executable, "-c", LIFE, str(folder), *steps]
         done = subprocess.run(
             command, cwd=cwd, env=environment, timeout=120, capture_output=True, text=True
@@ -115,7 +117,7 @@ def test_the_curves_are_in_the_runs_own_file(lives: Lives) -> None:
     first, second = (history(path) for path in lives.files)
     assert first[0] == {"_step": 1, "train/loss": 1.0, "train/lr/vision": 0.125}
     assert first[1]["train/loss"] == 0.5
-    assert [row["_step"] for row in second] == [3]
+    assert [row["_step"] for row in second] == [3], "the repeated step is there once"
 
 
 @pytest.mark.slow
@@ -143,7 +145,7 @@ def test_a_restarted_run_is_the_same_run(lives: Lives) -> None:
     ]
     assert len(runs) == 2
     assert {(run.run_id, run.project, run.display_name) for run in runs} == {
-        ((lives.folder / "wandb" / "wandb-id").read_text(), "phi3v", lives.folder.name)
+        ("known-id", "phi3v", lives.folder.name)
     }
     config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
     assert config["optim"]["lr"] == 1e-4
@@ -165,7 +167,7 @@ def test_a_disabled_run_and_other_ranks_write_nothing(
     cfg = build_recipe(RunConfig, RECIPE, Path("demo.yaml"), ["wandb.mode=offline"])
     tracker = Tracker(cfg, tmp_path, is_first)
     tracker.log(1, {"train": {"loss": 1.0}})
-    tracker.log_examples(1, [])
+    tracker.log_evaluation(1, {"eval": {"loss": 1.0}}, [])
     tracker.finish()
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,164 @@
+"""Saving a run behind its training.
+
+    saver = Saver(engine, folder, cfg.checkpoint, ranks, facts)
+    saver.save(done, metrics_bytes=..., wandb_id=...)    # returns when the state is copied
+    saver.wait()                                         # until it is on disk under its name
+
+Every rank writes its own files in a thread and leaves a marker that says what they should be; the
+first rank's thread waits for all markers, writes the manifest and gives the checkpoint its name.
+Threads speak through the folder alone: a collective of theirs would meet those of the training.
+"""
+
+import json
+import random
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from phi3v.config.running import CheckpointSection
+from phi3v.data.packing import Position
+from phi3v.errors import CheckpointError
+from phi3v.files import sha256, write_json
+from phi3v.training import zero
+from phi3v.training.checkpoints.store import (
+    SavedFile,
+    partial_name,
+    publish,
+    retain,
+    write_manifest,
+)
+from phi3v.training.checkpoints.writer import Writer
+from phi3v.training.ranks import Ranks
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimizer steps done, and the next pack."""
+
+    step: int = 0
+    position: Position = Position()
+
+
+@dataclass
+class Saver:
+    """Saves a run, one checkpoint at a time; all ranks call its methods at the same steps.
+
+    facts   of the manifest that stay the same: world size, stage, fingerprints, versions
+    scores  of the evaluated steps, higher is better, for `checkpoint.best`
+    """
+
+    engine: Any
+    folder: Path
+    section: CheckpointSection
+    ranks: Ranks
+    facts: Mapping[str, Any]
+    scores: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.writer = Writer()
+        self.engine.checkpoint_engine = self.writer
+        self.writer.guard(self.engine.optimizer.optimizer)
+        self.writer.prepare(self.engine.optimizer.state_dict())
+        self.saved_step: int | None = None
+        self._given_up = threading.Event()
+
+    def save(self, progress: Progress, **facts: Any) -> None:
+        """Copy the state and have it written; waits for the checkpoint before, if it must.
+
+        Raises: CheckpointError on all ranks if an earlier one could not be written.
+        """
+        self.wait()
+        partial = self.folder / partial_name(progress.step)
+        if self.ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        torch.distributed.barrier()
+        self.writer.begin(partial)
+        state = {"step": progress.step, "position": asdict(progress.position)}
+        self.engine.save_checkpoint(
+            str(self.folder), tag=partial.name, client_state=state, save_latest=False
+        )
+        self.writer.save(random_states(), str(partial / random_name(self.ranks.rank)))
+        facts = {**self.facts, **state, **facts, "saved_at": datetime.now(UTC).isoformat()}
+        self.writer.end(lambda files: self._written(partial, progress.step, facts, files))
+        self.saved_step = progress.step
+
+    def wait(self) -> None:
+        """Return when what was saved is on disk under its name.
+
+        Raises: CheckpointError on all ranks if a rank could not write.
+        """
+        failure = None
+        try:
+            self.writer.finish()
+        except CheckpointError as error:
+            failure = error
+        self.raise_any(failure)
+
+    def raise_any(self, failure: CheckpointError | None) -> None:
+        """Raise on all ranks what one of them met; it is not published, and its room is freed."""
+        failures = [error for error in zero.gather_objects(failure) if error]
+        if not failures:
+            return
+        self._given_up.set()
+        if self.ranks.is_first:
+            for partial in self.folder.glob(".step-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+        raise failures[0]
+
+    def _written(
+        self, partial: Path, step: int, facts: dict[str, Any], files: Mapping[str, SavedFile]
+    ) -> None:
+        """What a rank's thread does when its files are down."""
+        marker = partial / _marker(self.ranks.rank)
+        write_json(marker, {name: asdict(file) for name, file in files.items()})
+        if not self.ranks.is_first:
+            return
+        write_manifest(partial, facts, self._collect(partial))
+        publish(self.folder, step)
+        retain(self.folder, self.section.keep, self.section.keep_every, self.scores)
+
+    def _collect(self, partial: Path) -> dict[str, SavedFile]:
+        """Wait for the markers of all ranks; returns all files, the markers removed."""
+        files: dict[str, SavedFile] = {}
+        for rank in range(self.ranks.world_size):
+            marker = partial / _marker(rank)
+            while not marker.is_file():
+                if self._given_up.wait(POLL_SECONDS):
+                    raise CheckpointError(f"{partial} was given up: another rank could not write")
+            entries = json.loads(marker.read_text(encoding="utf-8"))
+            files |= {name: SavedFile(**entry) for name, entry in entries.items()}
+            marker.unlink()
+        for path in partial.iterdir():  # DeepSpeed's own script, which no state goes through
+            if path.name not in files:
+                files[path.name] = SavedFile(path.stat().st_size, sha256(path))
+        return files
+
+
+def _marker(rank: int) -> str:
+    return f".rank-{rank:05d}.json"
+
+
+def random_name(rank: int) -> str:
+    return f"random-{rank:05d}.pt"
+
+
+def random_states() -> dict[str, Any]:
+    """What every random number of this process follows from."""
+    has_cuda = torch.cuda.is_available()
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if has_cuda else None,
+    }

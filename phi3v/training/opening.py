@@ -1,0 +1,120 @@
+"""Opening a run: everything that can be checked is checked before anything slow starts."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v.config import DeepSpeedConfig, RunConfig, to_dict
+from phi3v.data import Dataset
+from phi3v.data.mixture import SIZES, Mixture, open_datasets
+from phi3v.data.packing import Budget, Plan, check_fits
+from phi3v.errors import ConfigError
+from phi3v.evaluation.evaluate import open_held_out
+from phi3v.evaluation.models import check_model
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.execution import Execution, choose_execution
+from phi3v.model.weights import WeightFiles, load_weights
+from phi3v.training import zero
+from phi3v.training.metering import sample_costs
+from phi3v.training.optimizer import freeze
+from phi3v.training.ranks import Ranks
+from phi3v.training.run_folder import RunFolder, describe_environment
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same while a run trains."""
+
+    cfg: RunConfig
+    ds: DeepSpeedConfig
+    ranks: Ranks
+    folder: RunFolder
+    dataset: Dataset | Mixture
+    plan: Plan
+    total_steps: int
+    device: torch.device
+    execution: Execution
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest of every checkpoint says of the run."""
+        recipe = {**to_dict(self.cfg), "deepspeed": self.ds.json}
+        config = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        return {
+            "world_size": self.ranks.world_size,
+            "zero_stage": self.ds.zero_stage,
+            "fingerprints": {"config": config, "data": self.dataset.fingerprint},
+            "versions": describe_environment(self.ranks.world_size)["versions"],
+        }
+
+
+def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
+    """Check everything that can be checked before anything slow starts."""
+    folder = RunFolder(Path(cfg.run.out))
+    folder.check_recipe(cfg, ds)
+    dataset = open_datasets(cfg.data.folders, "train", [part.weight for part in cfg.data.parts])
+    if not len(dataset):
+        raise ConfigError(
+            f"{', '.join(cfg.data.folders)} has no rows in split 'train', so there is nothing to "
+            "train on; prepare it with a smaller split.validation, or from more rows"
+        )
+    for part in dataset.datasets:
+        check_model(part, cfg.model.path)
+    if cfg.eval.rows:
+        open_held_out(cfg.data.folders, cfg.eval)
+    plan = plan_steps(cfg, ds, dataset)
+    check_fits(plan, lambda index: dataset[index].id)
+    steps = cfg.train.max_steps
+    if steps is None:
+        assert cfg.train.epochs is not None
+        steps = plan.count(cfg.train.epochs)
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if has_cuda else torch.device("cpu")
+    execution = choose_execution(cfg.model, device, dtype_of(ds))
+    return Run(cfg, ds, ranks, folder, dataset, plan, steps, device, execution)
+
+
+def plan_steps(cfg: RunConfig, ds: DeepSpeedConfig, dataset: Dataset | Mixture) -> Plan:
+    """The sequence of steps: which samples share a pack, and which packs a step."""
+    config = Phi3VConfig.from_pretrained(cfg.model.path)
+    return Plan(
+        dataset.fingerprint,
+        cfg.run.seed,
+        dataset.tokens,
+        dataset.views,
+        sample_costs(config, dataset, cfg.data.cost, cfg.model.freeze),
+        Budget(cfg.data.max_tokens, cfg.data.max_views, cfg.data.window),
+        ds.train_batch_size,
+        cfg.data.window_steps,
+        dataset.parts,
+    )
+
+
+def load_model(cfg: RunConfig, ds: DeepSpeedConfig) -> Phi3VForCausalLM:
+    """The model in training mode, in the JSON's precision, with frozen parts."""
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(cfg.model.path))
+    with WeightFiles(cfg.model.path) as files:
+        if ds.zero_stage == 3:
+            zero.load_partitioned(model, files, dtype_of(ds), ds)
+        else:
+            load_weights(model, files, dtype_of(ds))
+    freeze(model, cfg.model.freeze)
+    return model.train()
+
+
+def dtype_of(ds: DeepSpeedConfig) -> torch.dtype:
+    """What the JSON lets the model compute in."""
+    return torch.bfloat16 if ds.bf16 else torch.float32
+
+
+def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
+    """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe)."""
+    return {
+        "shards": ", ".join(str(part.folder) for part in dataset.datasets),
+        "fingerprint": dataset.fingerprint,
+        **{name: dataset.entry[name] for name in SIZES},
+    }
