@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # A real Slurm of two nodes on this one machine: two slurmd, told apart by their ports.
 #
-#   cluster.sh up DIR     start it in DIR, and wait until both nodes are idle (about 2 s)
-#   cluster.sh down DIR   end its jobs and its daemons; then no process of it is left
+#   cluster.sh up DIR         start it in DIR, and wait until both nodes are idle (about 2 s)
+#   cluster.sh up DIR hosts   the same on two hosts of hosts.sh, whose cables can be cut
+#   cluster.sh kill DIR NODE  end a node's daemon and all that it started at once, by SIGKILL
+#   cluster.sh start DIR NODE start its daemon again
+#   cluster.sh down DIR       end its jobs and its daemons; then no process of it is left
 #
 # In between, with SLURM_CONF=DIR/slurm.conf, sbatch and all other commands speak to it. Needs root
 # and apt-get install slurm-wlm munge. Everything is in DIR, munge's key and socket included, and
 # the ports are drawn: several clusters can be up at once. Each node has 2 CPUs, whatever is below
-# them, and 2 GPUs, which are null devices: allocated and counted as real ones, but of no use.
+# them, and 2 GPUs, which are null devices: allocated and counted as real ones, but of no use. Jobs
+# of partition "urgent" preempt those of the default partition by requeue, with 10 s of grace.
 set -euo pipefail
-command=${1:?up or down}
+command=${1:?up, down, kill or start}
 dir=$(realpath -m "${2:?a folder of its own}")
+hosts=$(dirname "$(realpath "$0")")/hosts.sh
 conf=$dir/slurm.conf
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -21,11 +26,16 @@ free_port() {   # below the ports that the kernel gives out, beside those of slu
 }
 
 write_conf() {
-  local host
+  local host address=127.0.0.1 addresses=(127.0.0.1 127.0.0.1) patience=60
   host=$(hostname -s)
+  if [ -e "$dir/network" ]; then
+    address=10.99.$(<"$dir/network").1
+    addresses=("${address}1" "${address}2")
+    patience=9
+  fi
   cat >"$conf" <<CONF
 ClusterName=test
-SlurmctldHost=$host(127.0.0.1)
+SlurmctldHost=$host($address)
 SlurmctldPort=$(free_port)
 # Job ids give the ports of training: random, so that two clusters' jobs do not meet
 FirstJobId=$(shuf -i 1-60000 -n 1)
@@ -47,24 +57,49 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=2
+SchedulerParameters=sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+# A node that is silent for so long is down, and its job is requeued; a killed one's job is so before
+SlurmdTimeout=$patience
 ReturnToService=2
 KillWait=5
 # The nodes have the CPUs and memory that stand here, not those of the machine
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=DEFAULT CPUs=2 RealMemory=8000 Gres=gpu:2
-NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port)
-NodeName=node2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port)
-PartitionName=test Nodes=node[1-2] Default=YES MaxTime=INFINITE
+NodeName=node1 NodeHostname=$host NodeAddr=${addresses[0]} Port=$(free_port)
+NodeName=node2 NodeHostname=$host NodeAddr=${addresses[1]} Port=$(free_port)
+PartitionName=DEFAULT Nodes=node[1-2] MaxTime=INFINITE PriorityTier=1 GraceTime=10
+PartitionName=test Default=YES
+PartitionName=urgent PriorityTier=10 PreemptMode=OFF
 CONF
   echo "NodeName=node[1-2] Name=gpu File=$dir/nvidia[0-1]" >"$dir/gres.conf"
   mknod "$dir/nvidia0" c 1 3
   mknod "$dir/nvidia1" c 1 3
 }
 
-up() {
+start() {   # node
+  local run=()
+  if [ -e "$dir/network" ]; then run=("$hosts" on "$dir" "$1"); fi
+  "${run[@]}" slurmd -f "$conf" -N "$1"
+}
+
+# A node that goes down: its steps' processes, and at once slurmd and the steps' daemons, which are
+# those that hold the node's log open.
+kill_node() {   # node
+  local tasks daemons
+  mapfile -t tasks < <(cd /proc; members | sed 's:$:/environ:' |
+    xargs grep -lzx "SLURMD_NODENAME=$1" 2>/dev/null | cut -d/ -f1)
+  mapfile -t daemons < <(find /proc/[0-9]*/fd -lname "$dir/$1.log" 2>/dev/null | cut -d/ -f3 | uniq)
+  kill -KILL "${tasks[@]}"
+  sleep 0.3
+  kill -KILL "${daemons[@]}"
+}
+
+up() {   # "hosts" or nothing
   trap down EXIT
+  if [ "${1:-}" = hosts ]; then "$hosts" up "$dir"; fi
   mkdir -p "$dir"/{state,spool-node1,spool-node2}
   head -c 1024 /dev/urandom >"$dir/munge.key"
   chmod 400 "$dir/munge.key"
@@ -74,10 +109,10 @@ up() {
     2>"$dir/munged.warnings"
   write_conf
   slurmctld -f "$conf"
-  slurmd -f "$conf" -N node1
-  slurmd -f "$conf" -N node2
+  start node1
+  start node2
   for _ in $(seq 100); do
-    [ "$(SLURM_CONF=$conf sinfo -h -N -o %T 2>/dev/null | grep -c '^idle$')" = 2 ] && { trap - EXIT; return; }
+    [ "$(SLURM_CONF=$conf sinfo -h -N -p test -o %T 2>/dev/null | grep -c '^idle$')" = 2 ] && { trap - EXIT; return; }
     sleep 0.1
   done
   echo "cluster.sh: no two idle nodes after 10 s; see the logs in $dir" >&2
@@ -115,10 +150,13 @@ down() {
       break
     done
   done
+  "$hosts" down "$dir"
 }
 
 case $command in
-  up) up ;;
+  up) up "${3:-}" ;;
   down) down ;;
-  *) echo "cluster.sh: up or down, not '$command'" >&2; exit 2 ;;
+  start) start "$3" ;;
+  kill) kill_node "$3" ;;
+  *) echo "cluster.sh: up, down, start or kill, not '$command'" >&2; exit 2 ;;
 esac

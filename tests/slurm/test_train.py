@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import pytest
 from tests.commands import ROOT, metrics
 
 from .conftest import Cluster, Job
+from .programs import SCRIPT, on_two_nodes, put
 
 pytestmark = pytest.mark.slow
-SCRIPT = ROOT / "slurm" / "train.sh"
 
 MEETING = """
 import sys
@@ -51,17 +52,8 @@ print("task", *(os.environ.get(name, "unset") for name in names))
 """
 
 
-def put(folder: Path, program: str) -> Path:
-    """Write the program where train.sh expects it."""
-    path = folder / "launch" / "train.py"
-    path.parent.mkdir()
-    path.write_text(program)
-    return path
-
-
 def submit(cluster: Cluster, folder: Path, *options: str, arguments: tuple[str, ...] = ()) -> Job:
-    export = f"--export=ALL,PHI3V_PYTHON={sys.executable},RANK=7"
-    return cluster.submit(folder, "-N2", export, *options, str(SCRIPT), *arguments)
+    return cluster.submit(folder, *on_two_nodes(*options, arguments=arguments))
 
 
 def test_ranks_on_two_nodes_meet_and_get_the_arguments(cluster: Cluster, tmp_path: Path) -> None:
@@ -95,7 +87,8 @@ def test_each_rank_sees_all_gpus_of_its_node(
     gpus = () if "--gpus-per-task=1" in binding else ("--gpus-per-node=2",)
     job = submit(cluster, tmp_path, "--ntasks-per-node=2", "--cpus-per-task=1", *gpus, *binding)
     assert job.state == "COMPLETED", job.output
-    tasks = sorted(line for line in job.output.splitlines() if line.startswith("task"))
+    logs = tmp_path.glob("slurm-*/start-0/rank-*.log")
+    tasks = sorted(line for log in logs for line in log.read_text().splitlines())
     assert tasks == 2 * ["task 0 0,1 unset 1"] + 2 * ["task 1 0,1 unset 1"]
 
 
@@ -131,16 +124,25 @@ def test_a_folder_that_is_no_checkout_and_a_missing_python_are_refused(tmp_path:
     )
 
 
-def test_a_run_trains_on_two_nodes(
+def test_a_preempted_run_is_requeued_and_trains_to_its_end(
     cluster: Cluster, tmp_path: Path, tiny_shards: Path, tiny_model: Path
 ) -> None:
     """The README's command: the real launch/train.py, two nodes of one rank each."""
     (tmp_path / "launch").symlink_to(ROOT / "launch")
-    values = (f"model.path={tiny_model}", f"data.shards={tiny_shards}", "train.max_steps=3")
-    short = ("run.out=run", "eval.rows=0", "wandb.mode=disabled")
+    values = (f"model.path={tiny_model}", f"data.shards={tiny_shards}", "train.max_steps=40")
+    short = ("run.out=run", "eval.rows=0", "wandb.mode=disabled", "optim.warmup_steps=5")
     arguments = ("launch/recipes/demo.yaml", *values, *short)
-    job = submit(cluster, tmp_path, arguments=arguments)
-    assert (job.state, job.exit_code) == ("COMPLETED", "0:0"), job.output
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    job = cluster.start(tmp_path, *on_two_nodes(arguments=arguments))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/metrics.jsonl").exists() or not metrics(tmp_path / "run"):
+        assert time.monotonic() < deadline, "the job does not train"
+        time.sleep(0.1)
+    other = tmp_path / "other"
+    other.mkdir()
+    cluster.submit(other, "-N2", "--exclusive", "--partition=urgent", "--wrap=true")
+    ended = cluster.end(tmp_path, job, seconds=150)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.output
+    assert "slurm/train.sh: preempted; back to the queue\n" in ended.output
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 41))
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["ranks"] == 2
