@@ -294,7 +294,7 @@ def _settle(folder: Path, step: int) -> None:
         whole = (path for path in (final, *others) if _is_whole(path, by_digests=True))
         chosen = next(whole, chosen)
     if chosen != final:
-        _discard(folder, step, universal.name)  # before its step has another state
+        _delete(universal)  # before its step has another state
     if chosen != final and _is_folder(chosen):
         if _is_folder(final):
             _delete(hidden["removed"])
