@@ -18,10 +18,10 @@ RECIPES = Path(__file__).parent / "recipes"
 
 def main() -> None:
     arguments = parse()
-    ranks = set_environment()
     stop = StopRequests()
     stop.listen()
     end_with_launcher()
+    ranks = set_environment()
     # DeepSpeed reads its environment when it is imported.
     from phi3v.samples.demo import make_missing
     from phi3v.training.loop import train

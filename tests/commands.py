@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,14 @@ def start(*command: object, cwd: Path, **variables: str) -> subprocess.Popen[str
         text=True,
         start_new_session=True,
     )
+
+
+def wait_for(process: subprocess.Popen[str], is_there: Callable[[], bool]) -> None:
+    """Wait until a command has done something; it must not end before."""
+    deadline = time.monotonic() + TIMEOUT
+    while not is_there():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.05)
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from phi3v.data.packing import Position
-from phi3v.files import write_text
+from phi3v.files import append_json, read_lines, write_text
 
 HISTORY = 64  # steps whose losses tell what is usual
 NEEDED = 16  # of them at least, before anything is a spike
@@ -58,11 +58,7 @@ class FaultLog:
     path: Path
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines; the end of one that a crash cut off is none."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_lines(self.path)
 
     def keep(self, last_step: int) -> None:
         """Drop the lines of steps that are about to be repeated, which those left out are not."""
@@ -77,8 +73,7 @@ class FaultLog:
         write_text(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
 
     def add(self, line: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+        append_json(self.path, line)
 
     def left_out(self) -> list[Position]:
         """The positions whose packs are no longer trained on, of all times the run went back."""

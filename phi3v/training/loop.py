@@ -28,6 +28,7 @@ from phi3v.errors import CheckpointError
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress
+from phi3v.training.checkpoints.store import remove, steps_saved
 from phi3v.training.console import Console
 from phi3v.training.faults import HISTORY, MAX_ROLLBACKS, reason_to_skip, spike_limit
 from phi3v.training.metering import Meter
@@ -253,6 +254,8 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
     session.saver.saved_step = back.step
     if run.ranks.is_first:
         print(f"going back to step {back.step}, steps {first_bad} on are left out", file=sys.stderr)
+        for later in (s for s in steps_saved(run.folder.checkpoints) if s > back.step):
+            remove(run.folder.checkpoints, later)
         run.folder.faults.add_rollback(back.step, trail.skipped)
         forget_later_steps(run, back, dict(choice.manifest))
     session.watchdog.beat()

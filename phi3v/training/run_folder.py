@@ -17,7 +17,7 @@ import yaml
 
 from phi3v.config import DeepSpeedConfig, RunConfig, differing_keys, dump_yaml, to_dict
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.files import sync, write_json, write_text
+from phi3v.files import append_json, read_lines, sync, write_json, write_text
 from phi3v.training.faults import FaultLog
 
 CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
@@ -134,11 +134,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The steps done so far; the end of a line that a crash cut off is no step."""
-        path = self.path / METRICS
-        if not path.is_file():
-            return []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_lines(self.path / METRICS)
 
     @property
     def metrics_bytes(self) -> int:
@@ -167,23 +163,17 @@ class RunFolder:
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append one step's line."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        append_json(self.path / METRICS, metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """What the evaluations gave so far, the last of a step that was repeated."""
-        path = self.path / EVALUATIONS
-        if not path.is_file():
-            return []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        found = read_lines(self.path / EVALUATIONS)
         return list({entry["step"]: entry for entry in found}.values())
 
     def add_evaluation(self, step: int, loss: float, metrics: dict[str, Any]) -> dict[str, Any]:
         """Append what an evaluation gave; returns its line."""
         entry = {"step": step, "loss": loss, "metrics": metrics}
-        with (self.path / EVALUATIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        append_json(self.path / EVALUATIONS, entry)
         return entry
 
     def read_summary(self) -> dict[str, Any] | None:
@@ -196,7 +186,10 @@ class RunFolder:
 
 
 def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    """Who this is, also among the starts of a Slurm job whose processes all have number 1."""
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    job, start = (os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+    return f"{who}, start {start or 0} of job {job}" if job else who
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:

@@ -49,17 +49,15 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     engine = zero.build_engine(model, parameter_groups(model, cfg), run.ds)
     watchdog.beat()
     done = restore(engine, choice, ranks)
-    steps_seen, evaluated = 0, 0
     if ranks.is_first:
         print(run.execution, file=sys.stderr)
         data = describe_data(run.dataset)
         folder.write_origin(cfg, run.ds, data, ranks.world_size, asdict(run.execution))
-        steps_seen = max((line["step"] for line in folder.read_metrics()), default=0)
-        evaluated = max((line["step"] for line in folder.read_evaluations()), default=0)
         forget_later_steps(run, done, before)
-    tracker = Tracker(
-        cfg, folder.path, ranks.is_first, before.get("wandb_id"), steps_seen, evaluated
-    )
+    tracker = Tracker(cfg, folder.path, ranks.is_first, before.get("wandb_id"))
+    if ranks.is_first:
+        for line in folder.read_metrics():
+            tracker.log(line["step"], {"train": line})
     saver = Saver(engine, folder.checkpoints, cfg.checkpoint, ranks, run.facts())
     saver.scores.update(best_scores(folder.read_evaluations(), cfg.checkpoint.best))
     watchdog.beat()

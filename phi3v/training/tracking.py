@@ -11,14 +11,18 @@ from phi3v.evaluation.report import Example
 from phi3v.files import write_text
 
 RUN_ID = "wandb-id"
+CLOSED_STEP = "closed-step"
 
 
 class Tracker:
     """One W&B run, or none (`wandb.mode=disabled`, and on all ranks but the first).
 
     known_id  the run's id if a checkpoint knows it
-    seen      the last step that an earlier start has logged, and `evaluated` the last of which it
-              has logged an evaluation. Offline they are not logged again; online W&B drops them.
+
+    Offline, the steps that an earlier start has logged and closed are not logged again. What it
+    had logged when it was killed is mostly lost (wandb writes in blocks of 32 KB), so log all steps
+    since again; the few that were not lost are then there twice, with equal values. Online the
+    service keeps what it got, and drops repeated steps itself.
     """
 
     def __init__(
@@ -27,13 +31,11 @@ class Tracker:
         folder: Path,
         is_first: bool,
         known_id: str | None = None,
-        seen: int = 0,
-        evaluated: int = 0,
     ) -> None:
         mode: Any = os.environ.get("WANDB_MODE") or cfg.wandb.mode
         self._run: Any = None
-        is_offline = mode == "offline"
-        self._seen, self._evaluated = (seen, evaluated) if is_offline else (0, 0)
+        self._closed = folder / "wandb" / CLOSED_STEP
+        self._seen = self._last = 0
         self.id: str | None = known_id
         if not is_first or mode == "disabled":
             return
@@ -45,6 +47,8 @@ class Tracker:
 
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
+        if mode == "offline" and self._closed.is_file():
+            self._seen = int(self._closed.read_text(encoding="utf-8"))
         self.id = self._find_id(folder, known_id)
         self._run = wandb.init(
             project=cfg.wandb.project,
@@ -67,14 +71,15 @@ class Tracker:
         """Log the numbers of a step; nested names become a/b, missing values are left out."""
         if self._run is not None and step > self._seen:
             self._run.log(dict(_flatten(values)), step=step)
+            self._last = step
 
     def log_evaluation(
         self, step: int, values: Mapping[str, Any], examples: Sequence[Example]
     ) -> None:
         """Log numbers, and a table of rows: picture, question, reference, answer, blind answer."""
-        if self._run is None or step <= self._evaluated:
+        if self._run is None or step <= self._seen:
             return
-        self._run.log(dict(_flatten(values)), step=step)
+        self.log(step, values)
         columns: list[Any] = ["image", "prompt", "reference", "prediction", "blind", "right"]
         table = self._wandb.Table(columns=columns)
         for example in examples:
@@ -92,6 +97,7 @@ class Tracker:
     def finish(self) -> None:
         if self._run is not None:
             self._run.finish()
+            write_text(self._closed, str(max(self._seen, self._last)))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.commands import (
     run,
     start,
     torchrun,
+    wait_for,
 )
 
 pytestmark = pytest.mark.slow
@@ -118,19 +118,15 @@ def test_a_run_that_was_killed_and_stopped_goes_on_bit_for_bit(
     assert_stopped(start(*deepspeed(2, recipe), cwd=tmp_path), "the file ", folder)
     assert not (folder / "stop").exists()
 
+    command = deepspeed(2, recipe, "train.stop_after=1")
+    assert_stopped(start(*command, cwd=tmp_path), "train.stop_after 1 s", folder)
+
     assert len(metrics(folder)) < STEPS
     finished = run(*torchrun(2, recipe), cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert losses(folder) == losses(unbroken)
     norms = [[line["grad_norm"] for line in metrics(f)] for f in (folder, unbroken)]
     assert norms[0] == norms[1]
-
-
-def wait_for(process: subprocess.Popen[str], is_there: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not is_there():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.05)
 
 
 def assert_stopped(process: subprocess.Popen[str], why: str, folder: Path) -> None:

@@ -110,7 +110,7 @@ def test_summary_and_report_tell_the_throughput_and_every_dataset(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("best", "order"),
-    [("loss", [8, 4]), ("exact_match", [4, 8]), ("price_mape", [8, 4]), ("unknown", []), (None, [])],
+    [("loss", [8, 4]), ("exact_match", [4, 8]), ("price_mape", [8, 4]), ("other", []), (None, [])],
 )
 def test_the_best_step_has_the_highest_score(best: str | None, order: list[int]) -> None:
     def entry(step: int, loss: float, exact: float, error: float) -> dict[str, Any]:

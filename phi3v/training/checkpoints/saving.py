@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Saver:
             str(self.folder), tag=partial.name, client_state=state, save_latest=False
         )
         self.writer.save(random_states(), str(partial / random_name(self.ranks.rank)))
-        facts = {**self.facts, **state, **facts, "saved_at": datetime.now(UTC).isoformat()}
+        facts = {**self.facts, **state, **facts, "saved_at": datetime.now(timezone.utc).isoformat()}
         self.writer.end(lambda files: self._written(partial, progress.step, facts, files))
         self.saved_step = progress.step
 
