@@ -19,6 +19,7 @@ from phi3v.data.batch import collate, model_inputs
 from phi3v.errors import ConfigError, ShardError
 from phi3v.evaluation.evaluate import (
     Evaluation,
+    Interrupted,
     blind_prompt,
     evaluate,
     exchange,
@@ -187,6 +188,32 @@ def test_a_rank_may_be_without_rows(generator: Generator, tiny_shards: Path) -> 
     alone = evaluate(generator, [str(tiny_shards)], settings)
     assert [len(e.outcomes) for e in on_ranks(generator, tiny_shards, settings, 2)] == [1, 1]
     assert on_ranks(generator, tiny_shards, settings, 2)[1].scores == alone.scores
+
+
+def test_a_rank_that_is_told_to_stop_ends_the_evaluation_of_all(
+    generator: Generator, tiny_shards: Path, evaluation: Evaluation
+) -> None:
+    """At its next batch; the others hear of it where they would have gathered."""
+    batches: list[int] = []
+
+    def tick() -> None:
+        batches.append(len(batches))
+        if len(batches) == 2:
+            raise Interrupted
+
+    shares: list[Any] = []
+
+    def gather(share: Any) -> list[Any]:
+        shares.append(share)
+        return [share, ([], 0.0)]
+
+    stopped = replace(generator, tick=tick, batch_rows=2)
+    with pytest.raises(Interrupted):
+        evaluate(stopped, [str(tiny_shards)], SETTINGS, 0, 2, gather)
+    assert shares == [None] and len(batches) == 2
+    share = (evaluation.outcomes, np.array([1.0, 1.0]))
+    with pytest.raises(Interrupted):
+        evaluate(generator, [str(tiny_shards)], SETTINGS, 1, 2, lambda _: [None, share])
 
 
 def test_rows_are_spread_over_the_split(evaluation: Evaluation, held_out: Dataset) -> None:
