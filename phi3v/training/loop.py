@@ -81,6 +81,8 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests)
         done = run_steps(session, done)
         finish(session, done)
         session.tracker.finish()
+        if ranks.is_first:
+            stop.clear_file()  # it came too late
         zero.leave_together()
     if lock:
         lock.close()

@@ -155,6 +155,7 @@ def finish(session: Session, done: Progress) -> None:
         stop_here(session, done)
     session.saver.wait()
     report(session, evaluation, done, is_finished=True)
+    session.saver.tidy()
 
 
 def report(

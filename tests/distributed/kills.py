@@ -1,8 +1,7 @@
 """Killing a run again and again from outside, at moments that its folder shows.
 
-    kills = draw_kills(20, chance)
-    hits = survive(kills, command, folder, chance, start_seconds=8.0)
-    # start the command once more, to the end
+    hits = survive(draw_kills(20, chance), command, folder, chance, start_seconds=8.0)
+    # then start the command once more, to the end
 
 Every kill is a SIGKILL, and the command is started again at once, while what is left of the start
 before may still be dying; by the next kill it must be gone, by itself. The processes of a start are
@@ -18,15 +17,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import psutil
 
-from phi3v.training.checkpoints.convert import universal_name
-from phi3v.training.checkpoints.store import MANIFEST, partial_name, step_name, steps_saved
+from phi3v.training.checkpoints.store import MANIFEST, partial_name, step_name
 from tests.commands import start
 
 MARK = "PHI3V_TEST_START"
@@ -36,11 +34,10 @@ VICTIMS = {  # by launcher, what a start consists of: the names of the programs
     "deepspeed": (RANK, "deepspeed", "deepspeed.launcher.launch", FAMILY),
     "python": (RANK,),
 }
-MOMENTS = ("start-up", "step", "save", "rename")
 DELAYS = {"step": 0.15, "save": 0.05, "rename": 0.01, "conversion": 0.1}  # seconds at most
 POLL_SECONDS = 0.001
 PATIENCE_SECONDS = 120.0  # for a moment to come; some 10 on an idle machine
-GONE_SECONDS = 30.0  # for the rest of a family to end; some 3
+GONE_SECONDS = 30.0  # for the rest of a start to end; some 3 on an idle machine
 
 
 @dataclass(frozen=True)
@@ -63,16 +60,18 @@ class Hit:
 
 
 def draw_kills(number: int, chance: random.Random) -> list[Kill]:
-    """Kills in random order: moments in equal shares, and all victims if there are 10 or more."""
+    """Kills in random order: moments in equal shares, and every victim if there are 10 or more."""
     launchers = ("torchrun", "torchrun", "deepspeed")  # the latter takes longer to start
-    pairs = [(launcher, victim) for launcher in launchers for victim in VICTIMS[launcher]]
-    kills = [Kill(*pair, MOMENTS[k % 4]) for k, pair in zip(range(number), cycle(pairs))]  # noqa: B905
+    pairs = cycle((launcher, victim) for launcher in launchers for victim in VICTIMS[launcher])
+    moments = list(islice(cycle(("start-up", "step", "save", "rename")), number))
+    chance.shuffle(moments)
+    kills = [Kill(*next(pairs), moment) for moment in moments]
     chance.shuffle(kills)
     return kills
 
 
 def own_extensions(folder: Path) -> dict[str, str]:
-    """The variables for runs whose locks on compiled extensions are nobody else's."""
+    """Variables for runs whose locks on compiled extensions are nobody else's."""
     built = Path(sys.prefix, "torch_extensions")
     if built.is_dir():
         shutil.copytree(built, folder, ignore=shutil.ignore_patterns("lock"))
@@ -87,61 +86,110 @@ def survive(
     start_seconds: float,
     **variables: str,
 ) -> list[Hit]:
-    """Start the run of a folder once for each kill; returns when all of them are gone.
+    """Start the run of a folder once for each kill; returns when nothing is left of them.
 
-    command        to start, by the launcher's name
+    command        that starts the run, by the launcher's name
     start_seconds  from a start to its first step, if nobody disturbs it
     """
-    hits = list[Hit]()
-    with contextlib.ExitStack() as before:
-        for number, kill in enumerate(kills):
-            mark = f"{folder}, start {number}"
-            is_there = moment(kill.moment, folder, chance, start_seconds)
-            process = start(*command(kill.launcher), cwd=folder.parent, **{MARK: mark}, **variables)
-            with contextlib.ExitStack() as own:
-                own.enter_context(ending(process, mark))
-                began = time.monotonic()
-                wait_until(is_there, process)
-                time.sleep(chance.uniform(0, DELAYS.get(kill.moment, 0)))
-                seconds = round(time.monotonic() - began, 2)
-                hits.append(Hit(kill, seconds, strike(kill, mark, chance), describe(folder)))
-                print(hits[-1], flush=True)
-                before.close()
-                before.push(own.pop_all())
-    return hits
-
-
-@contextlib.contextmanager
-def ending(process: subprocess.Popen[str], mark: str) -> Iterator[None]:
-    """See to it that a start has ended by itself a while after it was killed; else end it."""
+    hits: list[Hit] = []
+    started: list[subprocess.Popen[str]] = []
+    marks = [f"{folder}, start {number}" for number in range(len(kills))]
     try:
-        yield
-        deadline = time.monotonic() + GONE_SECONDS
-        while left := marked(mark):
-            assert time.monotonic() < deadline, f"{[program(p) for p in left]} of {mark} lived on"
-            time.sleep(0.1)
+        for mark, kill in zip(marks, kills, strict=True):
+            has_come = moment(kill.moment, folder, chance, start_seconds)
+            own = variables | {MARK: mark}
+            process = start(*command(kill.launcher), cwd=folder.parent, **own)
+            started.append(process)
+            began = time.monotonic()
+            wait_until(has_come, process)
+            time.sleep(chance.uniform(0, DELAYS.get(kill.moment, 0.0)))
+            seconds = round(time.monotonic() - began, 2)
+            hits.append(Hit(kill, seconds, strike(kill, mark, chance), describe(folder)))
+            print(len(hits), hits[-1], flush=True)
+            assert_gone(marks[: len(hits) - 1])
+        assert_gone(marks)
     finally:
-        for member in marked(mark):
-            kill(member)
-        process.communicate()
+        for member in marked(marks):
+            member.kill()
+        errors = [process.communicate()[1] for process in started]
+        print(*errors[-1:])  # is seen where a test fails
+    return hits
 
 
 def moment(
     name: str, folder: Path, chance: random.Random, start_seconds: float
 ) -> Callable[[], bool]:
-    """Whether a moment has come; asked again and again of a start that is about to be made."""
+    """Whether a moment has come, to be asked again and again of a start about to be made."""
     checkpoints = folder / "checkpoints"
-    step = count_steps(folder) + chance.randint(1, 2)  # one that was never made before
+    step = count_steps(folder) + chance.randint(1, 2)
     partial, final = checkpoints / partial_name(step), checkpoints / step_name(step)
-    if name == "start-up":
-        due = time.monotonic() + chance.uniform(0, start_seconds)
-        return lambda: time.monotonic() >= due
-    if name == "step":
-        return lambda: count_steps(folder) >= step
-    if name == "save":
-        return lambda: partial.exists() or final.exists()
-    if name == "rename":
-        return lambda: (partial / MANIFEST).exists() or final.exists()
-    assert name == "conversion"
-    universal = checkpoints / f"{universal_name(steps_saved(checkpoints)[-1])}.partial"
-    ...
+    due = time.monotonic() + chance.uniform(0, start_seconds)
+    return {
+        "start-up": lambda: time.monotonic() >= due,
+        "step": lambda: count_steps(folder) >= step,
+        "save": lambda: partial.exists() or final.exists(),
+        "rename": lambda: (partial / MANIFEST).exists() or final.exists(),
+        "conversion": lambda: bool(list(checkpoints.glob(".step-*.universal*"))),
+    }[name]
+
+
+def count_steps(folder: Path) -> int:
+    """Lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def wait_until(has_come: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not has_come():
+        assert process.poll() is None, f"the start ended by itself, exit code {process.returncode}"
+        assert time.monotonic() < deadline, "the moment of the kill did not come"
+        time.sleep(POLL_SECONDS)
+
+
+def strike(kill: Kill, mark: str, chance: random.Random) -> tuple[str, ...]:
+    """Kill; anybody where the victim is not there yet. Returns the programs that were killed."""
+    family = marked([mark])
+    victims = [process for process in family if program(process) == kill.victim]
+    if kill.victim != FAMILY:
+        family = [chance.choice(victims or family)]
+    killed = tuple(program(process) for process in family)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return killed
+
+
+def marked(marks: Sequence[str]) -> list[psutil.Process]:
+    """The processes of some starts, whoever their parents are."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) in marks and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def program(process: psutil.Process) -> str:
+    """What a python process runs: the name of its script or module."""
+    with contextlib.suppress(psutil.Error):
+        words = [word for word in process.cmdline()[1:] if not word.startswith("-")]
+        return Path(words[0]).name if words else process.name()
+    return "gone"
+
+
+def assert_gone(marks: Sequence[str]) -> None:
+    """Nothing is left of these starts, or will be in a while, without anybody's help."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while left := [(process.pid, program(process)) for process in marked(marks)]:
+        assert time.monotonic() < deadline, f"still there after a kill: {left}"
+        time.sleep(0.1)
+
+
+def describe(folder: Path) -> str:
+    """What is being done in a run folder, as far as its hidden names tell."""
+    names = [path.name for path in folder.glob("checkpoints/.*")]
+    kinds = {name.partition(".step-")[2][9:] or "temporary file" for name in names}
+    if list(folder.glob("checkpoints/.step-*.partial/manifest.json")):
+        kinds.add("manifest")
+    return ", ".join(sorted(kinds))

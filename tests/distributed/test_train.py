@@ -1,9 +1,9 @@
 """Training with real DeepSpeed ZeRO-3 on gloo ranks, under every launcher."""
 
 import json
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -62,17 +62,29 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [lambda r: python(r), lambda r: torchrun(2, r), lambda r: torchrun(4, r)],
-    ids=["python, 1 rank", "torchrun, 2 ranks", "torchrun, 4 ranks"],
-)
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_launchers_and_ranks_give_the_same_losses(
-    command: Callable[[Path], list[object]], unbroken: Path, recipe: Path, tmp_path: Path
+    ranks: int, unbroken: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    done = run(*command(recipe), cwd=tmp_path)
+    done = run(*torchrun(ranks, recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), abs=TOLERANCE)
+
+
+def test_one_rank_gives_the_same_losses_and_keeps_the_checkpoints_it_is_told_to(
+    unbroken: Path, recipe: Path, tmp_path: Path
+) -> None:
+    kept = "checkpoint={every: 2, keep: 2, keep_every: 6, best: loss}"
+    done = run(*python(recipe, "eval.every=4", kept), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), abs=TOLERANCE)
+    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    evaluated = {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
+    assert list(evaluated) == [4, 8, 12]
+    best = min(evaluated, key=evaluated.__getitem__)
+    saved = tmp_path / "run" / "checkpoints"
+    assert (saved / "best").read_text() == f"step-{best:08d}"
+    assert [int(path.name[5:]) for path in sorted(saved.glob("step-*"))] == [6, 10, 12]
 
 
 def test_training_learns_and_leaves_what_the_interface_promises(unbroken: Path) -> None:
@@ -121,12 +133,35 @@ def test_a_run_that_was_killed_and_stopped_goes_on_bit_for_bit(
     command = deepspeed(2, recipe, "train.stop_after=1")
     assert_stopped(start(*command, cwd=tmp_path), "train.stop_after 1 s", folder)
 
-    assert len(metrics(folder)) < STEPS
+    step = len(metrics(folder))
+    assert step < STEPS
+    damaged = folder / "checkpoints" / f"step-{step:08d}"
+    flip_a_byte(next(damaged.glob("*rank_1*optim_states.pt")))
     finished = run(*torchrun(2, recipe), cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
+    assert f"{damaged.name} is damaged, an older one is taken: zero_pp_rank_1" in finished.stderr
     assert losses(folder) == losses(unbroken)
     norms = [[line["grad_norm"] for line in metrics(f)] for f in (folder, unbroken)]
     assert norms[0] == norms[1]
+
+
+def test_with_nothing_but_damaged_checkpoints_no_run_starts_anew(
+    unbroken: Path, recipe: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(unbroken, tmp_path / "run")
+    for optimizer in (tmp_path / "run").rglob("*rank_0*optim_states.pt"):
+        flip_a_byte(optimizer)
+    done = run(*python(recipe, f"train.max_steps={STEPS + 4}"), cwd=tmp_path)
+    assert done.returncode == 2
+    message = last_line(done, "CheckpointError")
+    assert "is whole (step-00000004, step-00000008, step-00000012); put an intact copy" in message
+    assert len(metrics(tmp_path / "run")) == STEPS
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def assert_stopped(process: subprocess.Popen[str], why: str, folder: Path) -> None:

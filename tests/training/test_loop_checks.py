@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepspeed
+from phi3v.config import RunConfig, build_recipe, check, default_deepspeed, load_deepspeed
 from phi3v.data.packing import Position
-from phi3v.errors import ConfigError, ShardError
+from phi3v.errors import CheckpointError, ConfigError, ShardError
 from phi3v.prepare import prepare
 from phi3v.training.loop import train
 from phi3v.training.opening import Run, open_run
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder
+from phi3v.training.session import check_data
 from phi3v.training.stopping import StopRequests
 from tests.tiny import make_model, product_recipe, write_samples
 
@@ -118,6 +119,33 @@ def test_another_recipe_in_the_run_folder_is_refused(values: dict[str, Any]) -> 
     run.folder.write_origin(run.cfg, run.ds, {}, world_size=2)
     opened(values, "train.max_steps=9", "eval.rows=1")
     assert "was started with another recipe: optim.lr differ; " in refusal(values, "optim.lr=1")
+
+
+def test_data_that_was_prepared_anew_is_not_gone_on_with(values: dict[str, Any]) -> None:
+    run = opened(values)
+    check_data(run, {})
+    check_data(run, {"fingerprints": {"data": run.dataset.fingerprint}})
+    with pytest.raises(CheckpointError) as caught:
+        check_data(run, {"fingerprints": {"data": 64 * "f"}})
+    assert str(caught.value).startswith(
+        f"{run.folder.path} was trained on data with fingerprint ffffffffffff, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["checkpoint.best=speed"], "which no evaluation gives; take one of loss, exact_match"),
+        (["checkpoint.best=loss"], "eval.every 0 with eval.rows "),
+        (["checkpoint.best=loss", "eval.every=3", "checkpoint.every=2"], "a multiple of"),
+    ],
+)
+def test_a_best_checkpoint_that_nobody_scores_is_refused(
+    values: dict[str, Any], overrides: list[str], what: str
+) -> None:
+    cfg = build_recipe(RunConfig, values, Path("demo.yaml"), overrides)
+    with pytest.raises(ConfigError, match=what):
+        check(cfg, DEEPSPEED)
 
 
 def test_a_finished_run_says_so_and_is_not_started(

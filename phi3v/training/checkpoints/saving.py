@@ -105,6 +105,11 @@ class Saver:
             failure = error
         self.raise_any(failure)
 
+    def tidy(self) -> None:
+        """Remove what need not be kept, now that everything is saved and scored."""
+        if self.ranks.is_first:
+            retain(self.folder, self.section.keep, self.section.keep_every, self.scores)
+
     def raise_any(self, failure: CheckpointError | None) -> None:
         """Raise on all ranks what one of them met; it is not published, and its room is freed."""
         failures = [error for error in zero.gather_objects(failure) if error]
@@ -126,7 +131,7 @@ class Saver:
             return
         write_manifest(partial, facts, self._collect(partial))
         publish(self.folder, step)
-        retain(self.folder, self.section.keep, self.section.keep_every, self.scores)
+        self.tidy()
 
     def _collect(self, partial: Path) -> dict[str, SavedFile]:
         """Wait for the markers of all ranks; returns all files, the markers removed."""
