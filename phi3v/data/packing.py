@@ -1,11 +1,12 @@
 """Which samples share a pack and which packs a step: pure functions of lengths, costs and a seed.
 
 An epoch's samples are shuffled and cut into windows. A window is packed by best fit, longest first.
-Packs that make no whole step are dissolved into the next window, the least filled first; in the
-last window the dearest are split instead, so every step is whole and of one epoch. The window's
-packs are then sorted by cost and cut into steps, so that all packs of a step take about the same
-time, and the steps are shuffled. Nothing here knows how many ranks there are: rank r of n takes
-`packs[r::n]` of every step, and packs that run side by side are neighbours in cost.
+Packs that make no whole step are dissolved into the next window, the least filled first; the last
+window is packed by a smaller budget instead, and what is still missing split off the dearest, so
+every step is whole and of one epoch. The window's packs are then sorted by cost and cut into steps,
+so that all packs of a step take about the same time, and the steps are shuffled. Nothing here knows
+how many ranks there are: rank r of n takes `packs[r::n]` of every step, and packs that run side by
+side are neighbours in cost.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ WAYS = ((1,), (1, 2, 3))  # of `best_fit`; which fills better depends on the dat
 TRIAL = 8  # windows after which all ways are tried again; between, the last winner packs alone
 SAMPLE_PRICE = 0.005  # of a pack: the room that a pack may leave to spare a sample for another
 NO_SAMPLES = np.array([], dtype=np.int64)
+HALVINGS = 10  # of the interval in which the budget of an epoch's last window is looked for
 COST_UNITS = 1 << 30  # of the dearest sample: whole numbers have the same sum on every machine
 
 
@@ -148,13 +150,33 @@ class Plan:
             packs, best = self._pack(np.concatenate([carried, window]), ways)
             ways = (best,) if (number + 1) % TRIAL else WAYS
             is_last = number + 1 == num_windows
-            if not is_last:
+            if is_last:
+                packs = self._fill_steps(packs, best)
+            else:
                 spare = len(packs) % self.packs_per_step
                 emptiest = np.argsort(self._filled(packs), kind="stable")[:spare]
                 carried = np.concatenate([samples[:0], *(packs[pack] for pack in emptiest)])
                 for pack in sorted(emptiest, reverse=True):
                     del packs[pack]
             yield number, packs, is_last
+
+    def _fill_steps(self, packs: list[np.ndarray], way: Sequence[int]) -> list[np.ndarray]:
+        """Pack an epoch's last window again, by the smallest budget that takes no further step.
+
+        Then all its packs are alike; to split some of full ones would make a step of unlike packs.
+        """
+        count = len(packs) + -len(packs) % self.packs_per_step
+        if count == len(packs):
+            return packs
+        samples, low, high = np.concatenate(packs), 0.0, 1.0
+        for _ in range(HALVINGS):
+            share = (low + high) / 2
+            tried, _ = self._pack(samples, (way,), share)
+            if len(tried) <= count:
+                packs, high = tried, share
+            else:
+                low = share
+        return packs
 
     def _filled(self, packs: Sequence[np.ndarray]) -> np.ndarray:
         """How full each pack is, by the budget that it fills more of."""
@@ -164,20 +186,25 @@ class Plan:
         )
 
     def _pack(
-        self, samples: np.ndarray, ways: Sequence[Sequence[int]]
+        self, samples: np.ndarray, ways: Sequence[Sequence[int]], share: float = 1.0
     ) -> tuple[list[np.ndarray], Sequence[int]]:
         """Pack a window by the budget that binds, in the way that takes fewer packs; and that way.
 
-        A way that leaves little empty is taken without a look at the next.
+        A way that leaves little empty is taken without a look at the next. Of the budget that binds
+        `share` is used; a sample that is larger than that is a pack.
         """
         sizes, size = self.tokens[samples], self.budget.max_tokens
         others, other = self.views[samples], self.budget.max_views
         if sizes.sum() / size < others.sum() / other:
             sizes, size, others, other = others, other, sizes, size
+        size = int(size * share)
+        large = sizes > size
+        alone = [samples[k : k + 1] for k in np.flatnonzero(large)]
+        samples, sizes, others = (values[~large] for values in (samples, sizes, others))
         tried: list[tuple[list[np.ndarray], Sequence[int]]] = []
         for shares in ways:
             packs = best_fit(samples, sizes, size, others, other, shares)
-            tried.append((packs, shares))
+            tried.append((alone + packs, shares))
             if sizes.sum() >= FILLED * size * len(packs):
                 break
         return min(tried, key=lambda of: len(of[0]))
