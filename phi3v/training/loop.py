@@ -143,6 +143,7 @@ def run_until_bad(
             trail.skipped.append(step.at)
         else:
             trail.losses.append(result.loss)
+            del trail.losses[:-HISTORY]
             trail.skipped.clear()
         after_step(session, done, result, is_good=reason is None)
     steps.close()

@@ -11,11 +11,28 @@ from typing import Any
 import pytest
 
 from phi3v.training.checkpoints.store import find_damage
-from tests.commands import kill, last_line, metrics, python, run, start, wait_for
+from tests.commands import (
+    LAUNCH,
+    kill,
+    last_line,
+    metrics,
+    python,
+    run,
+    start,
+    torchrun,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
 Write = Callable[..., Path]
+LIMITED = """
+import os, resource, runpy, sys
+train = sys.argv.pop()
+if os.environ["RANK"] == "1":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+runpy.run_path(train, run_name="__main__")
+"""
 
 
 @pytest.fixture
@@ -73,6 +90,22 @@ def test_a_full_disk_ends_the_run_plainly_and_room_lets_it_go_on(
     done = run(*python(recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in metrics(disk / "run")] == list(range(1, 9))
+
+
+def test_a_rank_that_cannot_write_ends_all_and_says_so_once(
+    write_recipe: Write, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """The first rank, which waits for the other's files to publish them, hears of it."""
+    limited = tmp_path / "limited.py"
+    limited.write_text(LIMITED)
+    command = torchrun(2, write_recipe(tmp_path / "run", tiny_shards))
+    command[command.index(LAUNCH / "train.py")] = limited
+    done = run(*command, LAUNCH / "train.py", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr  # torchrun makes 1 of every code
+    message = next(line for line in done.stderr.splitlines() if line.startswith("CheckpointError"))
+    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt could not be written: File too l" in message
+    assert 4 <= len(metrics(tmp_path / "run")) < 8
+    assert not list((tmp_path / "run" / "checkpoints").glob("*step-*"))
 
 
 def test_a_read_only_disk_is_named(

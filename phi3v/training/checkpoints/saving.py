@@ -13,7 +13,9 @@ import json
 import random
 import shutil
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -96,30 +98,35 @@ class Saver:
     def wait(self) -> None:
         """Return when what was saved is on disk under its name.
 
-        Raises: CheckpointError on all ranks if a rank could not write.
+        The ranks ask each other while they wait: the first could not publish, and would wait for
+        ever, where another cannot write.
+
+        Raises: CheckpointError on all ranks if one could not write; what it had written is removed.
         """
-        failure = None
-        try:
+        while True:
+            states = zero.gather_objects((self.writer.is_busy, self.writer.error))
+            failures = [error for _, error in states if error]
+            if failures:
+                self._give_up()
+                raise failures[0]
+            if not any(is_busy for is_busy, _ in states):
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _give_up(self) -> None:
+        """Free the room of a checkpoint that cannot be finished."""
+        self._given_up.set()
+        with suppress(CheckpointError):
             self.writer.finish()
-        except CheckpointError as error:
-            failure = error
-        self.raise_any(failure)
+        torch.distributed.barrier()
+        if self.ranks.is_first:
+            for partial in self.folder.glob(".step-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def tidy(self) -> None:
         """Remove what need not be kept, now that everything is saved and scored."""
         if self.ranks.is_first:
             retain(self.folder, self.section.keep, self.section.keep_every, self.scores)
-
-    def raise_any(self, failure: CheckpointError | None) -> None:
-        """Raise on all ranks what one of them met; it is not published, and its room is freed."""
-        failures = [error for error in zero.gather_objects(failure) if error]
-        if not failures:
-            return
-        self._given_up.set()
-        if self.ranks.is_first:
-            for partial in self.folder.glob(".step-*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
-        raise failures[0]
 
     def _written(
         self, partial: Path, step: int, facts: dict[str, Any], files: Mapping[str, SavedFile]
