@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test fast check bench format clean
+.PHONY: setup demo test fast check soak bench format clean
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+# A run is killed 200 times and goes on; half an hour. Its first line says how to repeat a failure.
+soak: setup
+	PHI3V_KILLS=200 $(BIN)/python -m pytest -s tests/distributed/test_kills.py
 
 # Tables of this machine, quiet for half an hour; benchmarks/README.md says what each is.
 bench: setup

@@ -1,6 +1,6 @@
 """Run by torchrun: compare the weights read from checkpoints with those of the engines that saved.
 
-    exported.py FOLDER    train a step under every JSON of the folder, and save; writes FOLDER/found
+exported.py FOLDER    train a step under every JSON of the folder, and save; writes FOLDER/found
 """
 
 import json

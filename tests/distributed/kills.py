@@ -96,41 +96,46 @@ def survive(
     marks = [f"{folder}, start {number}" for number in range(len(kills))]
     try:
         for mark, kill in zip(marks, kills, strict=True):
-            has_come = moment(kill.moment, folder, chance, start_seconds)
-            own = variables | {MARK: mark}
+            began, own = time.time(), variables | {MARK: mark}
             process = start(*command(kill.launcher), cwd=folder.parent, **own)
             started.append(process)
-            began = time.monotonic()
-            wait_until(has_come, process)
-            time.sleep(chance.uniform(0, DELAYS.get(kill.moment, 0.0)))
-            seconds = round(time.monotonic() - began, 2)
+            if kill.moment == "start-up":
+                time.sleep(chance.uniform(0, start_seconds))
+            else:
+                assert_gone(marks[: len(hits)])  # what is seen next is this start's doing
+                wait_until(moment(kill.moment, folder, chance, began), process)
+                time.sleep(chance.uniform(0, DELAYS[kill.moment]))
+            seconds = round(time.time() - began, 2)
             hits.append(Hit(kill, seconds, strike(kill, mark, chance), describe(folder)))
             print(len(hits), hits[-1], flush=True)
-            assert_gone(marks[: len(hits) - 1])
         assert_gone(marks)
     finally:
-        for member in marked(marks):
-            member.kill()
+        end(marked(marks))
         errors = [process.communicate()[1] for process in started]
         print(*errors[-1:])  # is seen where a test fails
     return hits
 
 
-def moment(
-    name: str, folder: Path, chance: random.Random, start_seconds: float
-) -> Callable[[], bool]:
-    """Whether a moment has come, to be asked again and again of a start about to be made."""
+def moment(name: str, folder: Path, chance: random.Random, began: float) -> Callable[[], bool]:
+    """Whether a moment of the start made at `began` has come, to be asked again and again."""
     checkpoints = folder / "checkpoints"
     step = count_steps(folder) + chance.randint(1, 2)
     partial, final = checkpoints / partial_name(step), checkpoints / step_name(step)
-    due = time.monotonic() + chance.uniform(0, start_seconds)
     return {
-        "start-up": lambda: time.monotonic() >= due,
         "step": lambda: count_steps(folder) >= step,
         "save": lambda: partial.exists() or final.exists(),
         "rename": lambda: (partial / MANIFEST).exists() or final.exists(),
-        "conversion": lambda: bool(list(checkpoints.glob(".step-*.universal*"))),
+        "conversion": lambda: any(
+            changed(path) > began for path in checkpoints.glob(".step-*.universal*")
+        ),
     }[name]
+
+
+def changed(path: Path) -> float:
+    """When a file or folder was changed last, as time.time(); 0 if it has gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_ctime
+    return 0.0
 
 
 def count_steps(folder: Path) -> int:
@@ -150,14 +155,19 @@ def wait_until(has_come: Callable[[], bool], process: subprocess.Popen[str]) -> 
 def strike(kill: Kill, mark: str, chance: random.Random) -> tuple[str, ...]:
     """Kill; anybody where the victim is not there yet. Returns the programs that were killed."""
     family = marked([mark])
+    assert family, "the start ended by itself"
     victims = [process for process in family if program(process) == kill.victim]
     if kill.victim != FAMILY:
         family = [chance.choice(victims or family)]
     killed = tuple(program(process) for process in family)
-    for process in family:
+    end(family)
+    return killed
+
+
+def end(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    return killed
 
 
 def marked(marks: Sequence[str]) -> list[psutil.Process]:
