@@ -36,7 +36,7 @@ soak: setup
 
 # Tables of this machine, quiet for half an hour; benchmarks/README.md says what each is.
 bench: setup
-	for name in packing step loader cost collectives; do \
+	for name in packing step loader cost collectives checkpoint; do \
 	    $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 format: setup

@@ -23,12 +23,13 @@ def main() -> None:
     end_with_launcher()
     ranks = set_environment()
     # DeepSpeed reads its environment when it is imported.
-    from phi3v.samples.demo import make_missing
     from phi3v.training.loop import train
     from phi3v.training.start import load_run
 
     cfg, ds = load_run(arguments.recipe or RECIPES / "demo.yaml", arguments.values, ranks)
     if arguments.recipe is None:
+        from phi3v.samples.demo import make_missing  # a second that other runs need not wait
+
         make_missing(cfg, RECIPES / "products.yaml")
     train(cfg, ds, ranks, stop)
 

@@ -22,6 +22,7 @@ ELSEWHERE = {
     "make setup": "is what makes this test's environment",
     "make test": "is what runs this test",
     "make demo": "tests/test_demo.py",
+    "make soak": "tests/distributed/test_kills.py, 20 times instead of 200",
     "make bench": "tests/test_benchmarks.py, each smaller",
     "source .venv/bin/activate": "tests/test_readme.py, by way of PATH",
     "sbatch": "tests/slurm/test_train.py",

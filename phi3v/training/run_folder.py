@@ -82,6 +82,8 @@ class RunFolder:
         file.truncate(0)
         file.write(_this_process())
         file.flush()
+        for temporary in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            temporary.unlink()
         return file
 
     def check_owner(self) -> None:

@@ -1,9 +1,11 @@
 """One start of a run: its engine, what listens beside it, how it saves, evaluates and stops."""
 
+import random
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -39,6 +41,8 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     cfg, ranks, folder = run.cfg, run.ranks, run.folder
     if cfg.debug.deterministic:
         torch.use_deterministic_algorithms(True)
+    random.seed(cfg.run.seed)
+    np.random.seed(cfg.run.seed)
     torch.manual_seed(cfg.run.seed)
     choice = choose(folder.checkpoints, ranks)
     before = dict(choice.manifest) if choice else {}

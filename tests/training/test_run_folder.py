@@ -71,6 +71,13 @@ def test_a_second_owner_is_told_who_the_first_is(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new").lock().close()
 
 
+def test_an_owner_removes_what_a_killed_one_was_writing(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.123.tmp").touch()
+    (tmp_path / "metrics.jsonl").touch()
+    RunFolder(tmp_path).lock().close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
+
+
 def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     first = RunFolder(tmp_path).lock()
     threading.Timer(0.5, first.close).start()
