@@ -16,6 +16,22 @@ from phi3v.training.ranks import RANK_VARIABLES
 from tests.tiny import make_catalogue, make_mixed_shards, make_model, make_shards
 
 
+# Files by the time they take, longest first: one that begins last keeps the other worker waiting.
+LONGEST = (
+    *("distributed/test_train.py", "distributed/test_kills.py", "distributed/test_ds_configs.py"),
+    *("slurm/test_requeue.py", "test_readme.py", "test_benchmarks.py", "test_digits.py"),
+    *("distributed/test_world_size.py", "prepare/test_zoo.py", "prepare/test_restart.py"),
+    *("distributed/test_shares.py", "test_demo.py", "slurm/test_train.py"),
+    *("distributed/test_disks.py", "distributed/test_loading.py", "distributed/test_faults.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first; `make test` keeps that order."""
+    places = {str(Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_rank() -> None:
     """Whatever started pytest, tests are no ranks; two threads on two busy cores are slower."""

@@ -39,6 +39,7 @@ from tests.prepare.zoo import MAX_TOKENS, Zoo, make_zoo
 from tests.tiny import turn, write_jsonl
 
 ROWS = 10_000
+PROGRESS = re.compile(r"(scan|write) out: +\d+%")  # where the machine is slow
 MOST_BYTES = 1_500_000_000  # of memory; 0.75 GB were measured
 MOST_SECONDS = 2.0  # of CPU for a row; 0.2 were measured, for 36,000,000 pixels
 DAMAGED = 150  # files of each kind
@@ -186,7 +187,8 @@ def spoken(text: str) -> str:
 
 @pytest.mark.slow
 def test_the_zoo_is_quiet_and_fits_in_memory(prepared: Prepared) -> None:
-    assert prepared.stderr == ""
+    said = re.split(r"[\r\n]+", prepared.stderr)
+    assert [line for line in said if line and not PROGRESS.match(line)] == []
     assert prepared.peak_bytes < MOST_BYTES
 
 
