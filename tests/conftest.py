@@ -15,7 +15,6 @@ import torch
 from phi3v.training.ranks import RANK_VARIABLES
 from tests.tiny import make_catalogue, make_mixed_shards, make_model, make_shards
 
-
 # Files by the time they take, longest first: one that begins last keeps the other worker waiting.
 LONGEST = (
     *("distributed/test_train.py", "distributed/test_kills.py", "distributed/test_ds_configs.py"),
