@@ -85,16 +85,20 @@ start() {   # node
   "${run[@]}" slurmd -f "$conf" -N "$1"
 }
 
-# A node that goes down: its steps' processes, and at once slurmd and the steps' daemons, which are
+# A node that goes down: slurmd, its steps' processes, and the steps' daemons, which with slurmd are
 # those that hold the node's log open.
 kill_node() {   # node
   local tasks daemons
   mapfile -t tasks < <(cd /proc; members | sed 's:$:/environ:' |
     xargs grep -lzx "SLURMD_NODENAME=$1" 2>/dev/null | cut -d/ -f1)
   mapfile -t daemons < <(find /proc/[0-9]*/fd -lname "$dir/$1.log" 2>/dev/null | cut -d/ -f3 | uniq)
-  kill -KILL "${tasks[@]}"
+  # The node's daemon first, or the job could still ask it after its tasks; the step's last, so that
+  # srun hears of its tasks and the test need not wait until Slurm misses the node.
+  mapfile -t first < <(for daemon in "${daemons[@]}"; do
+    [ "$(cat "/proc/$daemon/comm")" != slurmd ] || echo "$daemon"; done)
+  kill -KILL "${first[@]}" "${tasks[@]}"
   sleep 0.3
-  kill -KILL "${daemons[@]}"
+  kill -KILL "${daemons[@]}" 2>/dev/null || true
 }
 
 up() {   # "hosts" or nothing
