@@ -62,15 +62,6 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_launchers_and_ranks_give_the_same_losses(
-    ranks: int, unbroken: Path, recipe: Path, tmp_path: Path
-) -> None:
-    done = run(*torchrun(ranks, recipe), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), abs=TOLERANCE)
-
-
 def test_one_rank_gives_the_same_losses_and_keeps_the_checkpoints_it_is_told_to(
     unbroken: Path, recipe: Path, tmp_path: Path
 ) -> None:
