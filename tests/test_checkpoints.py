@@ -97,6 +97,7 @@ def test_one_is_inspected_the_newest_by_default(
     assert "step: 10" in lines
 
 
+@pytest.mark.slow
 def test_every_byte_is_verified_and_a_damaged_one_ends_in_exit_code_2(trained: Path) -> None:
     folder = trained / "checkpoints"
     with (folder / "step-00000010/a.pt").open("r+b") as file:
