@@ -59,9 +59,7 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
         folder.write_origin(cfg, run.ds, data, ranks.world_size, asdict(run.execution))
         forget_later_steps(run, done, before)
     tracker = Tracker(cfg, folder.path, ranks.is_first, before.get("wandb_id"))
-    if ranks.is_first:
-        for line in folder.read_metrics():
-            tracker.log(line["step"], {"train": line})
+    tracker.log_again(folder.read_metrics)
     saver = Saver(engine, folder.checkpoints, cfg.checkpoint, ranks, run.facts())
     saver.scores.update(best_scores(folder.read_evaluations(), cfg.checkpoint.best))
     watchdog.beat()

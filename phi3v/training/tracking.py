@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ class Tracker:
     known_id  the run's id if a checkpoint knows it
 
     Offline, the steps that an earlier start has logged and closed are not logged again. What it
-    had logged when it was killed is mostly lost (wandb writes in blocks of 32 KB), so log all steps
-    since again; the few that were not lost are then there twice, with equal values. Online the
-    service keeps what it got, and drops repeated steps itself.
+    had logged when it was killed is mostly lost (wandb writes in blocks of 32 KB), so `log_again`
+    logs all steps since; the few that were not lost are then there twice, with equal values. Online
+    the service keeps what it got, and drops repeated steps itself.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class Tracker:
         self._run: Any = None
         self._closed = folder / "wandb" / CLOSED_STEP
         self._seen = self._last = 0
+        self._is_offline = mode == "offline"
         self.id: str | None = known_id
         if not is_first or mode == "disabled":
             return
@@ -47,7 +48,7 @@ class Tracker:
 
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
-        if mode == "offline" and self._closed.is_file():
+        if self._is_offline and self._closed.is_file():
             self._seen = int(self._closed.read_text(encoding="utf-8"))
         self.id = self._find_id(folder, known_id)
         self._run = wandb.init(
@@ -66,6 +67,12 @@ class Tracker:
         if not path.is_file():
             write_text(path, known_id or uuid.uuid4().hex[:8])
         return path.read_text(encoding="utf-8")
+
+    def log_again(self, read: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        """Offline, log what earlier starts have not closed; `read` gives the lines of all steps."""
+        if self._run is not None and self._is_offline:
+            for line in read():
+                self.log(line["step"], {"train": line})
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Log the numbers of a step; nested names become a/b, missing values are left out."""
