@@ -22,7 +22,7 @@ from phi3v.training import zero
 from phi3v.training.metering import sample_costs
 from phi3v.training.optimizer import freeze
 from phi3v.training.ranks import Ranks
-from phi3v.training.run_folder import RunFolder, describe_environment
+from phi3v.training.run_folder import RunFolder, package_versions
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Run:
             "world_size": self.ranks.world_size,
             "zero_stage": self.ds.zero_stage,
             "fingerprints": {"config": config, "data": self.dataset.fingerprint},
-            "versions": describe_environment(self.ranks.world_size)["versions"],
+            "versions": package_versions(),
         }
 
 

@@ -202,9 +202,14 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "ranks": world_size,
         "device": torch.cuda.get_device_name() if has_cuda else f"cpu {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": package_versions(),
         "commit": _commit(),
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Of each package that results may depend on; None where it is not installed."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

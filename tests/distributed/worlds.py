@@ -68,7 +68,8 @@ def take_up(path: Path, first: Path, ranks: Ranks) -> dict[str, Any]:
     """Load what others saved, save it again, go on; returns both sides."""
     import torch
 
-    from phi3v.training.checkpoints.convert import convert, load, universal_name
+    from phi3v.training.checkpoints.convert import convert, load
+    from phi3v.training.checkpoints.store import universal_name
 
     expected = torch.load(first, weights_only=False)
     folder = path.with_suffix("")

@@ -36,12 +36,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from phi3v.errors import CheckpointError
 from phi3v.files import publish
-from phi3v.training.checkpoints.store import MANIFEST, step_name
-
-
-def universal_name(step: int) -> str:
-    """The hidden folder beside a checkpoint that holds its universal form."""
-    return f".{step_name(step)}.universal"
+from phi3v.training.checkpoints.store import MANIFEST
 
 
 def convert(checkpoint: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError
 from phi3v.training import zero
-from phi3v.training.checkpoints.convert import convert, load, universal_name
+from phi3v.training.checkpoints.convert import convert, load
 from phi3v.training.checkpoints.saving import Progress, random_name
 from phi3v.training.checkpoints.store import (
     find_damage,
@@ -25,6 +25,7 @@ from phi3v.training.checkpoints.store import (
     remove_leftovers,
     step_name,
     steps_saved,
+    universal_name,
 )
 from phi3v.training.ranks import Ranks
 

@@ -57,6 +57,11 @@ def partial_name(step: int) -> str:
     return _hidden_name(step, "partial")
 
 
+def universal_name(step: int) -> str:
+    """The name of its form for any number of ranks."""
+    return _hidden_name(step, "universal")
+
+
 def _hidden_name(step: int, kind: str) -> str:
     return f".{step_name(step)}.{kind}"
 
