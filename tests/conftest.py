@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # is read when huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each command would compile the project anew
 
 from collections.abc import Iterator
 from pathlib import Path
