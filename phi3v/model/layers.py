@@ -75,6 +75,7 @@ class Attention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         position_embeddings: tuple[Tensor, Tensor],
+        places: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         cos, sin = position_embeddings
@@ -83,9 +84,8 @@ class Attention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         window = self.config.sliding_window
-        return self.o_proj(
-            _attend(self, query, key, value, attention_mask, sliding_window=window, **kwargs)
-        )
+        attended = _attend(self, query, key, value, attention_mask, sliding_window=window, **kwargs)
+        return self.o_proj(attended if places is None else attended[:, places])
 
 
 class GatedMLP(nn.Module):
@@ -122,6 +122,7 @@ class DecoderLayer(nn.Module):
         past_key_values: Cache | None = None,
         *,
         position_embeddings: tuple[Tensor, Tensor],
+        places: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Run the layer; other keywords go to the attention function.
@@ -130,15 +131,18 @@ class DecoderLayer(nn.Module):
         attention_mask       as the attention function wants it
         past_key_values      the cache of generation, to which keys and values are added
         position_embeddings  cosine and sine, (B or 1, T, K)
-        returns              (B, T, D)
+        places               (P,) positions that are wanted; all others are only attended to
+        returns              (B, T, D), or (B, P, D)
         """
-        hidden = hidden + self.self_attn(
+        attended = self.self_attn(
             self.input_layernorm(hidden),
             attention_mask,
             past_key_values,
             position_embeddings,
+            places,
             **kwargs,
         )
+        hidden = (hidden if places is None else hidden[:, places]) + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 

@@ -94,13 +94,20 @@ class Phi3VModel(Phi3VPreTrainedModel):
         past_key_values: Cache | None = None,
         segments: Segments | None = None,
         kept: list[Tensor] | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """Run the decoder layers: (B, T, D) -> (B, T, D); `kept` collects each layer's input."""
+        """Run the decoder layers and the final norm: (B, T, D) -> (B, T, D).
+
+        kept    collects each layer's input
+        places  (P,) positions that are wanted, all by default: (B, T, D) -> (B, P, D); the last
+                layer's output projection and MLP run on them alone
+        """
         how = "full" if self.gradient_checkpointing else self.execution.checkpointing
         hidden = embedded
         for layer in self.layers:
             if kept is not None:
                 kept.append(hidden)
+            is_last = layer is self.layers[-1]
             hidden = run_layer(
                 layer,
                 how if torch.is_grad_enabled() else "none",
@@ -110,6 +117,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 segments=segments,
+                places=places if is_last else None,
             )
         return self.norm(hidden)
 
@@ -332,7 +340,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
                            takes a blank view through the tower (see ImageEmbedding.forward)
         returns            scalar float32, not divided by anything
 
-        Logits are made only at trained positions.
+        Behind the last layer's attention only trained positions go on, to the logits too.
         """
         embedded = self.model.embed(input_ids, views, grids)
         if views is None:
@@ -343,11 +351,12 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             embedded.requires_grad_()
         segments = Segments.of(segment_lengths, embedded.device)
         angles = self.model.packed_angles(segments, embedded.dtype)
-        hidden = self.model.decode(embedded, angles, segments=segments)
         targets = next_tokens(labels, segment_lengths)[0]
         places = (targets != IGNORED).nonzero()[:, 0]
-        places, targets = (_send(t, hidden.device) for t in (places, targets[places]))
-        return self.lm_head(hidden[0, places], targets)
+        places, targets = (_send(t, embedded.device) for t in (places, targets[places]))
+        wanted = places if len(places) else None  # few kernels take a matrix without rows
+        hidden = self.model.decode(embedded, angles, segments=segments, places=wanted)[0]
+        return self.lm_head(hidden[places] if wanted is None else hidden, targets)
 
     def prepare_inputs_for_generation(
         self,

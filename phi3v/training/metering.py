@@ -146,7 +146,8 @@ def sample_flops(
     """Model FLOPs of training on each sample, forward and backward.
 
     tokens        (samples,) lengths; attention counts its causal half
-    label_tokens  (samples,) positions where logits are made
+    label_tokens  (samples,) positions where logits are made, which alone go on behind the last
+                  layer's attention
     views         (samples,) views in the tower
     image_tokens  (samples,) positions that the projector fills
     returns       (samples,) float64
@@ -161,13 +162,15 @@ def sample_flops(
     )
     width, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     keys = width * config.num_key_value_heads // config.num_attention_heads
-    matrices = layers * (2 * width * width + 2 * width * keys + 3 * width * mlp)
+    before, behind = width * (width + 2 * keys), width * (width + 3 * mlp)  # of a layer's attention
     trained = {name for name in MODULES if name not in frozen}
     pictures = bool(trained & {"vision", "projector"})
     body = pictures or bool(trained & {"embeddings", "language"})
+    factor = 1 + body + ("language" in trained)
     return (
         label_tokens * 2 * width * config.vocab_size * (1 + body + ("head" in trained))
-        + tokens * 2 * matrices * (1 + body + ("language" in trained))
+        + tokens * 2 * (layers * before + (layers - 1) * behind) * factor
+        + label_tokens * 2 * behind * factor
         + tokens**2 * 2 * layers * width * (1 + 2 * body)
         + image_tokens * projector_flops(config) * (1 + pictures + ("projector" in trained))
         + views * view_flops(config) * (3 if "vision" in trained else 1)

@@ -4,7 +4,7 @@ Alone is the published call on one sequence; packed is ours, samples laid end to
 cases stand beside the tolerances.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from phi3v.geometry import Grid
 from phi3v.model import Phi3VForCausalLM
+from phi3v.model.execution import Execution
 from phi3v.sample import IGNORED
 from tests.model.tiny import LIMIT, Drawn, draw, gradients, make_model, pack
 
@@ -135,6 +136,35 @@ def test_recomputing_activations_changes_no_gradient(model: Phi3VForCausalLM) ->
         hook.remove()
     assert sorted(calls) == ["decoder", "decoder", "tower", "tower"]
     assert_same_gradients(gradients(model), expected)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_by_whatever_is_recomputed_gradients_stay(
+    model: Phi3VForCausalLM, how: Literal["selective", "full"]
+) -> None:
+    inputs = pack(samples_of("text and images"))
+    model(**inputs).backward()
+    expected = gradients(model)
+    model.set_execution(Execution(checkpointing=how))
+    model(**inputs).backward()
+    model.set_execution(Execution())
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_behind_the_last_attention_only_trained_positions_go_on(model: Phi3VForCausalLM) -> None:
+    inputs = pack(samples_of("text and images"))
+    seen: list[int] = []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    trained = sum(int((s.labels[0, 1:] != IGNORED).sum()) for s in samples_of("text and images"))
+    assert 0 < trained < inputs["input_ids"].shape[1] // 2
+    assert seen == [inputs["input_ids"].shape[1]] * (len(seen) - 1) + [trained]
 
 
 def test_a_pack_of_text_gives_the_vision_side_zero_gradients(model: Phi3VForCausalLM) -> None:
