@@ -29,7 +29,8 @@ class Sample:
 
     input_ids  int32 (T,); image k fills its positions with -k
     labels     int32 (T,); -100 elsewhere than on the assistants' texts and their <|end|>
-    meta       prompt_length (tokens before the last answer), reference (its text), source, row
+    meta       prompt_length (tokens before the last answer), reference (its text), source, row,
+               and references (all accepted texts) where the source names them
     """
 
     id: str

@@ -27,7 +27,9 @@ OWNERS = {
         "training/checkpoints/writer.py",
         "training/checkpoints/convert.py",
     },
-    "wandb": {"training/tracking.py"},
+    "wandb": {"training/tracking/wandb.py"},
+    "rapidfuzz": {"evaluation/metrics/text.py"},
+    "sacrebleu": {"evaluation/metrics/bleu.py"},
     "pyarrow": {"data/", "prepare/"},
     "datasets": {"data/", "prepare/"},
     "httpcore": {"prepare/web.py", "prepare/network.py"},
@@ -39,7 +41,7 @@ OWNERS = {
         "evaluation/",
         "page.py",
     },
-    "yaml": {"config/", "training/run_folder.py", "export.py"},
+    "yaml": {"config/", "training/run_folder.py", "export/"},
 }
 BANNED = {"utils", "helpers", "common", "misc", "base", "manager"}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -36,6 +36,10 @@ class SourceSection:
     """Columns that hold a path, URL, base64, bytes, a datasets Image or a list of these, in order.
     Columns only."""
 
+    references: str | None = None
+    """Column that holds every accepted answer, a text or a list of texts, for the metrics; default:
+    the answer to learn is the only one. Columns only: rows of messages hold their `references`."""
+
     num_crops: int | None = None
     """Crops of one canvas at most, for this source; default: the recipe's."""
 
@@ -60,6 +64,7 @@ class SourceSection:
 
     def __post_init__(self) -> None:
         filled(source__user=self.user, source__assistant=self.assistant, source__split=self.split)
+        filled(source__references=self.references)
         if not self.paths:
             raise ConfigError("source.path must name at least one file, folder or hub dataset")
         for path in self.paths:
@@ -78,10 +83,10 @@ class SourceSection:
         return (self.path,) if isinstance(self.path, str) else self.path
 
     def _has_columns(self) -> bool:
-        return bool(self.user or self.assistant or self.images)
+        return bool(self.user or self.assistant or self.images or self.references)
 
     def _refuse_columns(self) -> None:
-        for name in ("user", "assistant", "images"):
+        for name in ("user", "assistant", "images", "references"):
             if getattr(self, name):
                 raise ConfigError(
                     f"source.{name} has no meaning with source.format '{self.format}', got "

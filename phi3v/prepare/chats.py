@@ -103,8 +103,21 @@ def _turn(turn: Any) -> Message:
     return Message(role=SPEAKERS[speaker], content=turn["value"])
 
 
+def read_references(value: Any) -> tuple[str, ...]:
+    """Read the accepted answers of a field: a text, a list of texts, or none where it is empty.
+
+    Raises: SampleError if there is something else, or an empty text among them.
+    """
+    for text in as_list(value):
+        if not isinstance(text, str):
+            raise SampleError(f"a reference is no text: a {type(text).__name__}")
+        if not text.strip():
+            raise SampleError("a reference is empty: leave it out")
+    return tuple(text.strip() for text in as_list(value))
+
+
 def as_list(value: Any) -> list[Any]:
-    """Images of a field that holds one, a list of them, or none."""
+    """What a field holds: one thing, a list of them, or none."""
     if is_empty(value):
         return []
     return value if isinstance(value, list) else [value]

@@ -12,7 +12,7 @@ from typing import Any
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError, SampleError
-from phi3v.prepare.chats import as_list, read_llava, read_messages
+from phi3v.prepare.chats import as_list, read_llava, read_messages, read_references
 from phi3v.prepare.rows import Row, is_empty
 from phi3v.processing.prompt import IMAGE_TAG, Message, image_tags
 
@@ -24,17 +24,22 @@ NESTED = re.compile(rf"([^.\[\]]+)(?:{STEP.pattern})+")  # answers[0], query.en,
 
 @dataclass(frozen=True)
 class Conversation:
-    """Checked messages, images numbered 1, 2, ... in order of appearance."""
+    """Checked messages, images numbered 1, 2, ... in order of appearance.
+
+    references  every accepted last answer, where the row names them
+    """
 
     id: str
     messages: tuple[Message, ...]
     images: tuple[Any, ...]
+    references: tuple[str, ...] = ()
 
 
 def needed_columns(source: SourceSection) -> list[str]:
-    """Columns that the templates and the images of a `columns` source name."""
+    """Columns that the templates, images and references of a `columns` source name."""
     fields = FIELD.findall((source.user or "") + (source.assistant or ""))
-    return list(dict.fromkeys([*fields, *source.images]))
+    references = [source.references] if source.references else []
+    return list(dict.fromkeys([*fields, *source.images, *references]))
 
 
 def is_columns(source: SourceSection) -> bool:
@@ -73,11 +78,12 @@ def read_conversation(row: Row, source: SourceSection) -> Conversation:
     if row.fault:
         raise SampleError(f"the row {row.fault}")
     messages, images = _read_chat(row.values, source)
+    references = _references(row.values, source)
     name = str(row.number if is_empty(row.values.get("id")) else row.values["id"])
-    _check_unicode([name, *(message["content"] for message in messages)])
+    _check_unicode([name, *references, *(message["content"] for message in messages)])
     messages = [_checked(message, position) for position, message in enumerate(messages)]
     _check_turns(messages)
-    return _renumbered(name, messages, images)
+    return _renumbered(name, messages, images, references)
 
 
 def _read_chat(values: Mapping[str, Any], source: SourceSection) -> tuple[list[Message], list[Any]]:
@@ -92,6 +98,14 @@ def _read_chat(values: Mapping[str, Any], source: SourceSection) -> tuple[list[M
     if _chat_column(source, values) == "conversations":
         return read_llava(values)
     return read_messages(values)
+
+
+def _references(values: Mapping[str, Any], source: SourceSection) -> tuple[str, ...]:
+    """Every accepted answer, where the recipe or a row of messages names them."""
+    if is_columns(source):
+        return read_references(_find(values, source.references)) if source.references else ()
+    is_messages = _chat_column(source, values) == "messages"
+    return read_references(values.get("references")) if is_messages else ()
 
 
 def _chat_column(source: SourceSection, columns: Collection[str]) -> str:
@@ -173,7 +187,9 @@ def _check_turns(messages: Sequence[Message]) -> None:
         raise SampleError(f"turns are not user, assistant in alternation: {', '.join(roles)}")
 
 
-def _renumbered(name: str, messages: Sequence[Message], images: Sequence[Any]) -> Conversation:
+def _renumbered(
+    name: str, messages: Sequence[Message], images: Sequence[Any], references: tuple[str, ...]
+) -> Conversation:
     """Number image tags in order of appearance, and put the images in that order.
 
     The published processor accepts <|image_2|> before <|image_1|>, and the published model then
@@ -192,4 +208,5 @@ def _renumbered(name: str, messages: Sequence[Message], images: Sequence[Any]) -
         )
         for m in messages
     ]
-    return Conversation(name, tuple(renamed), tuple(images[tag - 1] for tag in tags))
+    shown = tuple(images[tag - 1] for tag in tags)
+    return Conversation(name, tuple(renamed), shown, references)

@@ -60,10 +60,12 @@ class SampleBuilder:
         tokens = self.tokens(conversation, [(p.width, p.height) for p in pictures])
         canvases = [self.processor.canvas(picture.decode()) for picture in pictures]
         assert tuple(self.processor.canvas_tokens(c) for c in canvases) == tokens.of_images
-        meta = {
+        meta: dict[str, Any] = {
             "prompt_length": int(np.flatnonzero(tokens.input_ids == self.assistant_id)[-1]) + 1,
             "reference": conversation.messages[-1]["content"],
         }
+        if conversation.references:
+            meta["references"] = list(conversation.references)
         return Sample(
             id=conversation.id,
             input_ids=tokens.input_ids,

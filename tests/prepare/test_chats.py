@@ -195,3 +195,33 @@ def test_a_column_may_hold_several_images() -> None:
     user = "<|image_4|> <|image_1|> <|image_2|> <|image_3|>"
     assert told(values, user=user, **section)[1] == ["d.png", "a.png", "b.png", "c.png"]
     assert reason(values | {"left": []}, user=user, **section) == "column 'left' is empty"
+
+
+def accepted(values: dict[str, Any], **section: Any) -> tuple[str, ...]:
+    return read_conversation(Row(0, values), SourceSection(path="a.json", **section)).references
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["5", " five "], ("5", "five")),
+        ("5", ("5",)),
+        (None, ()),
+        ([], ()),
+        (" ", ()),
+    ],
+)
+def test_accepted_answers_are_texts_or_one_text_or_none(given: Any, read: tuple[str, ...]) -> None:
+    row = {"q": "How many?", "a": "5 cats", "answers": given, "all": {"en": given}}
+    columns = {"user": "{q}", "assistant": "{a}"}
+    assert accepted(row, **columns, references="answers") == read
+    assert accepted(row, **columns, references="all.en") == read
+    assert accepted(turn("How many?", "5 cats", references=given)) == read
+
+
+def test_accepted_answers_are_read_only_where_they_are_asked_for() -> None:
+    row = {"q": "How many?", "a": "5", "references": 5}
+    assert accepted(row, user="{q}", assistant="{a}") == ()
+    assert accepted(llava("How many?", "5", references=5)) == ()
+    with pytest.raises(ConfigError, match="source.references has no meaning with source.format"):
+        SourceSection(path="a.json", format="messages", references="answers")

@@ -158,6 +158,11 @@ def test_a_row_without_an_id_is_named_by_its_number(
             "has no column 'picture', it has: question, answer; name these in the recipe",
         ),
         (
+            {"user": "{question}", "assistant": "{answer}", "references": "answers"},
+            {},
+            "has no column 'answers', it has: question, answer; name these in the recipe",
+        ),
+        (
             {"user": "{question}", "assistant": "{answer}"},
             {"validation": 0.5, "by": "code"},
             "has no column 'code', it has: question, answer; name these in the recipe",

@@ -23,10 +23,14 @@ TEXT, NUMBER = datasets.Value("string"), datasets.Value("int64")
 
 @dataclass(frozen=True)
 class Chat:
-    """What a row is to become: turns of question and answer, and its pictures as encoded bytes."""
+    """What a row is to become: turns of question and answer, and its pictures as encoded bytes.
+
+    references  all answers that are right, where the dataset names them
+    """
 
     turns: tuple[tuple[str, str], ...]
     pictures: tuple[bytes, ...]
+    references: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def make_docvqa(folder: Path) -> StandIn:
     chats = []
     for row in rows:
         question = f"<|image_1|>\n{row['question']}\nAnswer briefly."
-        chats.append(Chat(((question, row["answers"][0]),), (row["image"]["bytes"],)))
+        answers = row["answers"]
+        chats.append(Chat(((question, answers[0]),), (row["image"]["bytes"],), answers))
     return StandIn([save_split(folder, rows, **features)], chats)
 
 

@@ -1,0 +1,63 @@
+"""An answer to be scored, and the fields that a pattern finds in it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phi3v.errors import ConfigError
+from phi3v.evaluation.metrics.patterns import Fields, Pattern
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said about one held-out row, and what it should have said.
+
+    reference       the text that training would teach
+    references      every accepted text, of which the best counts; (): only `reference`
+    teacher_forced  the most likely token at each position, each given the true tokens before it;
+                    None where nobody asked
+    """
+
+    id: str
+    reference: str
+    prediction: str
+    references: tuple[str, ...] = ()
+    teacher_forced: str | None = None
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every text that would be right."""
+        return self.references or (self.reference,)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An answer, and the fields of its reference and of its prediction: None if it has none."""
+
+    answer: Answer
+    truth: Fields | None
+    guess: Fields | None
+
+
+def read_rows(answers: Sequence[Answer], pattern: Pattern | None) -> list[Row]:
+    """Find the fields of every answer.
+
+    Raises: ConfigError for no answers, and for a reference that does not fit the pattern.
+    """
+    if not answers:
+        raise ConfigError(
+            "the evaluation split has no rows: got 0 answers to score; give it some with split in "
+            "the dataset recipe and prepare again, or choose another split"
+        )
+    return [_read_row(answer, pattern) for answer in answers]
+
+
+def _read_row(answer: Answer, pattern: Pattern | None) -> Row:
+    if pattern is None:
+        return Row(answer, None, None)
+    truth = pattern.parse(answer.reference)
+    if truth is None:
+        raise ConfigError(
+            f"row '{answer.id}': the reference '{answer.reference}' does not fit the pattern "
+            f"'{pattern.template}'; correct eval.pattern, or the assistant text of the dataset"
+        )
+    return Row(answer, truth, pattern.parse(answer.prediction))

@@ -1,0 +1,174 @@
+"""The names of the metrics: what each says, how it is shown, and which a pattern gives.
+
+`price_mape_unseen` is the kind `mape` of the field `price`, over the rows whose price is new.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from phi3v.config.names import nearest
+from phi3v.errors import ConfigError
+from phi3v.evaluation.metrics.patterns import Pattern
+
+UNSEEN = "_unseen"
+BLIND = "blind_"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a metric says, and how it is shown.
+
+    text           one sentence; FIELD stands for the field's name
+    is_rate        shown as a percentage
+    needs_pattern  of a metric of the whole text: whether it asks if the text fits the pattern
+    of             types of the fields that have it
+    """
+
+    text: str
+    is_rate: bool = True
+    is_lower_better: bool = False
+    needs_pattern: bool = False
+    of: tuple[type, ...] = ()
+
+
+_EITHER, _NUMBER = (str, float), (float,)
+
+WHOLE: Mapping[str, Kind] = {
+    "exact_match": Kind("rows whose whole answer is the same text as an accepted answer"),
+    "accuracy": Kind(
+        "rows whose whole answer is an accepted answer, but for case, white space and a final "
+        "period"
+    ),
+    "anls": Kind("mean similarity of spelling to the best accepted answer, 0 where half is wrong"),
+    "relaxed_accuracy": Kind(
+        "rows whose number is within 5% of the right one, or whose text is right but for case"
+    ),
+    "rouge_l": Kind("mean F1 of the words shared in order with the best accepted answer"),
+    "bleu": Kind(
+        "overlap of sequences of 1 to 4 words over all rows together, 0 to 1 (sacrebleu's over "
+        "100)",
+        is_rate=False,
+    ),
+    "parse_rate": Kind("answers of the expected form", needs_pattern=True),
+    "teacher_forced_price_error": Kind(
+        "lower is better: the public walkthrough's price error, for comparison only; it reads a "
+        "teacher-forced answer, for which the model saw the true price, one token out of step",
+        is_rate=False,
+        is_lower_better=True,
+    ),
+}
+OF_FIELD: Mapping[str, Kind] = {
+    "accuracy": Kind(
+        "rows whose FIELD is right, but for case, white space and a final period", of=_EITHER
+    ),
+    "exact_match": Kind("rows whose FIELD is the same text, or the same number", of=_EITHER),
+    "similarity": Kind(
+        "mean similarity of spelling of FIELD, 0 for an unparsable answer", of=(str,)
+    ),
+    "mae": Kind(
+        "lower is better: mean error of FIELD in its own unit; an unparsable answer counts as 0",
+        is_rate=False,
+        is_lower_better=True,
+        of=_NUMBER,
+    ),
+    "mape": Kind(
+        "lower is better: mean relative error of FIELD, 100% for an unparsable answer",
+        is_lower_better=True,
+        of=_NUMBER,
+    ),
+    "log_error": Kind(
+        "lower is better: mean |ln(predicted FIELD / true FIELD)|, 0.69 for a factor of two; an "
+        "unparsable answer counts as a factor of ten",
+        is_rate=False,
+        is_lower_better=True,
+        of=_NUMBER,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's name taken apart: `price_mape_unseen` is Metric("mape", "price", True)."""
+
+    kind: str
+    field: str | None = None
+    is_unseen: bool = False
+
+
+def describe(name: str) -> str:
+    """Say in one sentence what a metric is; "" for a name that is none."""
+    kind, field = _kind_of(name)
+    text = kind.text.replace("FIELD", field.replace("_", " ")) if kind else ""
+    return f"{text}; only values that never occur in training" if name.endswith(UNSEEN) else text
+
+
+def is_rate(name: str) -> bool:
+    """Whether a metric is a share or a relative error, to be shown as a percentage."""
+    kind, _ = _kind_of(name)
+    return kind is not None and kind.is_rate
+
+
+def is_lower_better(name: str) -> bool:
+    """Whether a metric is an error, of which less is better."""
+    kind, _ = _kind_of(name)
+    return kind is not None and kind.is_lower_better
+
+
+def find_metrics(names: Sequence[str], pattern: Pattern | None) -> list[Metric]:
+    """Look up metric names; call it before a run starts to refuse a wrong name early.
+
+    Raises: ConfigError naming the metric and what to write instead.
+    """
+    known = _known_metrics(pattern)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"eval.metrics has '{name}', {_fault(name, known, pattern)}")
+    return [known[name] for name in names]
+
+
+def _kind_of(name: str) -> tuple[Kind | None, str]:
+    """The kind that a name ends with, and its field; (None, "") for another name."""
+    stem = name.removeprefix(BLIND).removesuffix(UNSEEN)
+    if whole := WHOLE.get(stem):
+        return whole, ""
+    for end, kind in OF_FIELD.items():
+        if stem.endswith(f"_{end}"):
+            return kind, stem.removesuffix(f"_{end}")
+    return None, ""
+
+
+def _known_metrics(pattern: Pattern | None) -> dict[str, Metric]:
+    fields = pattern.fields if pattern else {}
+    of_field = {
+        f"{field}_{name}": Metric(name, field)
+        for field, of in fields.items()
+        for name, kind in OF_FIELD.items()
+        if of in kind.of
+    }
+    whole = {
+        name: Metric(name) for name, kind in WHOLE.items() if pattern or not kind.needs_pattern
+    }
+    # In this order relaxed_accuracy is ChartQA's also where a pattern has a field {relaxed}.
+    known = of_field | whole
+    unseen = {name + UNSEEN: Metric(m.kind, m.field, True) for name, m in known.items()}
+    return known | unseen
+
+
+def _fault(name: str, known: Mapping[str, Metric], pattern: Pattern | None) -> str:
+    """What is wrong with an unknown name, and what to write instead."""
+    kind, field = _kind_of(name)
+    close = nearest(name, [other for other in known if not other.endswith(UNSEEN)])
+    if kind is None:
+        return f"which is no metric; {close} (docs/evaluation.md explains each)"
+    if pattern is None:
+        return (
+            "which reads parts of an answer, but eval.pattern is not set; set it to the form of an "
+            "answer, for example 'Product: {title}, Price: {price:float}'"
+        )
+    if field in pattern.fields:
+        wanted = "a number, {FIELD:float}" if kind.of == _NUMBER else "a text, {FIELD}"
+        return (
+            f"which needs {wanted.replace('FIELD', field)}; the pattern '{pattern.template}' says "
+            f"otherwise: change it, or leave the metric out; {close}"
+        )
+    return f"but the pattern '{pattern.template}' has no field {{{field}}}; {close}"

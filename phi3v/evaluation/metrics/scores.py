@@ -1,0 +1,155 @@
+"""From answers to scores: each metric over all rows with its interval, and row by row."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from phi3v.evaluation.metrics import fields, text
+from phi3v.evaluation.metrics.answers import Answer, Row, read_rows
+from phi3v.evaluation.metrics.bleu import bleu_of, row_counts
+from phi3v.evaluation.metrics.intervals import LIMITS, Score, interval, resample
+from phi3v.evaluation.metrics.names import UNSEEN, Metric, find_metrics
+from phi3v.evaluation.metrics.patterns import Fields, Pattern
+
+OF_TEXT: dict[str, Callable[[str, str], float]] = {
+    "exact_match": text.exact_match,
+    "accuracy": text.accuracy,
+    "anls": text.anls,
+    "relaxed_accuracy": text.relaxed_accuracy,
+    "rouge_l": text.rouge_l,
+}
+OF_FIELD: dict[str, Callable[[fields.Value, fields.Value | None], float | None]] = {
+    "accuracy": fields.accuracy,
+    "exact_match": fields.exact_match,
+    "similarity": fields.similarity,
+    "mae": fields.mae,
+    "mape": fields.mape,
+    "log_error": fields.log_error,
+}
+BLEU = "bleu"
+
+Values = list[float | None]
+"""A metric of each row; None where the row has none, or is not counted."""
+
+
+def score(
+    metrics: Sequence[str],
+    answers: Sequence[Answer],
+    pattern: Pattern | None,
+    train_references: Collection[str] = (),
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Compute each named metric over the answers.
+
+    `train_references` are the answers of the training split, for `_unseen`; one that does not fit
+    the pattern has no field values. A row that has no value is left out: `n` is the number of rows
+    counted.
+
+    Raises: ConfigError for an unknown metric, for no answers, and for a reference that does not
+    fit the pattern.
+    """
+    columns = value_columns(metrics, answers, pattern, train_references)
+    return {
+        name: corpus_bleu(counted_rows(answers, values), seed)
+        if is_bleu(name)
+        else interval([value for value in values if value is not None], seed)
+        for name, values in columns.items()
+    }
+
+
+def row_scores(
+    names: Sequence[str],
+    answers: Sequence[Answer],
+    pattern: Pattern | None,
+    train_references: Collection[str] = (),
+) -> list[dict[str, float | None]]:
+    """Compute each named metric for each answer by itself; None where a row has no value.
+
+    The `bleu` of a row is its own, of which the BLEU of all rows is no mean. Raises as `score`.
+    """
+    columns = value_columns(names, answers, pattern, train_references)
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ] or [{} for _ in answers]
+
+
+def value_columns(
+    names: Sequence[str],
+    answers: Sequence[Answer],
+    pattern: Pattern | None,
+    train_references: Collection[str] = (),
+) -> dict[str, Values]:
+    """Compute each metric of each answer. Raises as `score`."""
+    chosen = find_metrics(names, pattern)
+    rows = read_rows(answers, pattern)
+    seen = [(text.strip(), pattern.parse(text) if pattern else None) for text in train_references]
+    return {
+        name: _only_unseen(metric, rows, _values(metric, rows), seen)
+        if metric.is_unseen
+        else _values(metric, rows)
+        for name, metric in zip(names, chosen, strict=True)
+    }
+
+
+def is_bleu(name: str) -> bool:
+    """Whether a metric is BLEU, which is no mean over rows."""
+    return name.removesuffix(UNSEEN) == BLEU
+
+
+def counted_rows(answers: Sequence[Answer], values: Values) -> list[Answer]:
+    """Keep the answers that have a value."""
+    return [answer for answer, value in zip(answers, values, strict=True) if value is not None]
+
+
+def corpus_bleu(answers: Sequence[Answer], seed: int = 0) -> Score:
+    """Compute the BLEU of all answers together, and its 95 % interval over resampled rows."""
+    if not answers:
+        return Score(None, None, None, 0)
+    total, sums = resample(row_counts(answers), seed)
+    low, high = np.percentile([bleu_of(counts) for counts in sums], LIMITS)
+    return Score(bleu_of(total), float(low), float(high), len(answers))
+
+
+def _only_unseen(
+    metric: Metric, rows: Sequence[Row], values: Values, seen: Sequence[tuple[str, Fields | None]]
+) -> Values:
+    """Take the values away from rows whose field, or whole text, is in a training answer."""
+    old = {_content(metric.field, text, parts) for text, parts in seen}
+    contents = (_content(metric.field, row.answer.reference.strip(), row.truth) for row in rows)
+    return [
+        None if content in old else value for content, value in zip(contents, values, strict=True)
+    ]
+
+
+def _content(field: str | None, text: str, parts: Fields | None) -> str | float | None:
+    if field is None:
+        return text
+    return None if parts is None else parts[field]
+
+
+def _values(metric: Metric, rows: Sequence[Row]) -> Values:
+    if metric.kind == BLEU:
+        return [bleu_of(counts, is_row=True) for counts in row_counts([r.answer for r in rows])]
+    return [_value(metric, row) for row in rows]
+
+
+def _value(metric: Metric, row: Row) -> float | None:
+    """Return the metric of one row; None where it has none."""
+    if metric.field is not None:
+        assert row.truth is not None
+        guess = None if row.guess is None else row.guess[metric.field]
+        return OF_FIELD[metric.kind](row.truth[metric.field], guess)
+    if metric.kind == "parse_rate":
+        return float(row.guess is not None)
+    answer = row.answer
+    if metric.kind == "teacher_forced_price_error":
+        return _price_error(answer)
+    of_text = OF_TEXT[metric.kind]
+    return max(of_text(answer.prediction, accepted) for accepted in answer.accepted)
+
+
+def _price_error(answer: Answer) -> float | None:
+    """The walkthrough's |parsed - actual|; None where no teacher-forced text was asked for."""
+    if answer.teacher_forced is None:
+        return None
+    return abs(text.last_price(answer.teacher_forced) - text.last_price(answer.reference))
