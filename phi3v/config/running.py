@@ -48,8 +48,10 @@ class EvalSection:
     """Split of the dataset that is answered."""
 
     metrics: tuple[str, ...] = ("exact_match",)
-    """exact_match, parse_rate, or FIELD_accuracy, FIELD_exact_match, FIELD_exact_match_unseen and
-    FIELD_mape, where FIELD is named in `pattern`."""
+    """exact_match, accuracy, anls, relaxed_accuracy, rouge_l, bleu, teacher_forced_price_error, and
+    with a `pattern` parse_rate, FIELD_accuracy, FIELD_exact_match, FIELD_similarity of a text,
+    FIELD_mae, FIELD_mape, FIELD_log_error of a number. `_unseen` after any of them counts only the
+    rows whose value is in no training answer. docs/evaluation.md defines each."""
 
     pattern: str | None = None
     """What an answer looks like: "Product: {title}, Full Price: {price:float}"."""
@@ -63,11 +65,20 @@ class EvalSection:
     batch_rows: int = 32
     """Rows answered at once by one rank."""
 
+    loss_rows: int | None = None
+    """Held-out rows over which the loss is taken, evenly spaced; default: the whole split."""
+
+    max_seconds: float | None = None
+    """Seconds of one evaluation: when they are over no rank begins another batch, and rows without
+    an answer are left out and counted; the loss may take half of them. Default: no limit."""
+
     def __post_init__(self) -> None:
         filled(eval__split=self.split, eval__pattern=self.pattern)
         distinct(eval__metrics=self.metrics)
         at_least(0, eval__every=self.every, eval__rows=self.rows)
         at_least(1, eval__max_new_tokens=self.max_new_tokens, eval__batch_rows=self.batch_rows)
+        at_least(1, eval__loss_rows=self.loss_rows)
+        above_zero("leave it out for no limit", eval__max_seconds=self.max_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +124,40 @@ class WandbSection:
     project: str = "phi3v"
     """Project under which the run appears."""
 
+    entity: str | None = None
+    """User or team that owns the project; default: that of the key."""
+
+    name: str | None = None
+    """Name of the run; default: that of its folder."""
+
+    group: str | None = None
+    """Runs of one group are shown together."""
+
+    tags: tuple[str, ...] = ()
+    """Words by which the run can be found."""
+
+    log_checkpoint: Literal["none", "last", "best"] = "none"
+    """Checkpoint that becomes an artifact when the run is done: its manifest, the recipe, and where
+    its files lie; the files themselves stay there."""
+
     def __post_init__(self) -> None:
-        filled(wandb__project=self.project)
+        filled(
+            wandb__project=self.project,
+            wandb__entity=self.entity,
+            wandb__name=self.name,
+            wandb__group=self.group,
+        )
+        distinct(wandb__tags=self.tags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSection:
+    sinks: tuple[Literal["tensorboard", "json"], ...] = ()
+    """Where else the records go, beside Weights & Biases. tensorboard: the run's folder
+    `tensorboard`; json: a line for each record in its events.jsonl."""
+
+    def __post_init__(self) -> None:
+        distinct(tracking__sinks=self.sinks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from phi3v.config.running import (
     DebugSection,
     EvalSection,
     FaultsSection,
+    TrackingSection,
     TrainSection,
     WandbSection,
 )
@@ -272,6 +273,9 @@ class RunConfig:
 
     wandb: WandbSection = WandbSection()
     """Whether Weights & Biases is told."""
+
+    tracking: TrackingSection = TrackingSection()
+    """Who else is told."""
 
     deepspeed: str | None = None
     """Path of the DeepSpeed JSON; default: zero3.json on CUDA, zero3_cpu.json elsewhere."""

@@ -10,7 +10,6 @@ What all ranks must agree on (to stop, to give up, to skip a step) travels with 
 last backward pass of a step: no collective more, and no wait for the device.
 """
 
-import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress
 from phi3v.training.checkpoints.store import remove, steps_saved
-from phi3v.training.console import Console
+from phi3v.training.console import Console, say
 from phi3v.training.faults import HISTORY, MAX_ROLLBACKS, reason_to_skip, spike_limit
 from phi3v.training.metering import Meter
 from phi3v.training.opening import Run, open_run
@@ -134,7 +133,9 @@ def run_until_bad(
         session.watchdog.beat()
         reason = reason_to_skip(result.loss, result.norm, limit)
         metrics: dict[str, Any] = {"step": number, "epoch": step.at.epoch}
-        metrics |= {"loss": _finite(result.loss), "grad_norm": _finite(result.norm), "lr": rates}
+        metrics |= {"loss": _finite(result.loss), "grad_norm": _finite(result.norm)}
+        metrics |= {"grad_norms": {name: _finite(norm) for name, norm in result.norms.items()}}
+        metrics["lr"] = rates
         metrics |= meter.measure(step, time.perf_counter() - began) | {"skipped": reason}
         done = Progress(number, step.after)
         note(session, metrics, step)
@@ -153,10 +154,14 @@ def run_until_bad(
 
 @dataclass(frozen=True)
 class StepResult:
-    """The mean loss over a step's trained tokens, its gradient's norm, what the ranks wish."""
+    """The mean loss over a step's trained tokens, its gradient's norm, what the ranks wish.
+
+    norms  of the gradient of each trained module
+    """
 
     loss: float
     norm: float
+    norms: dict[str, float]
     is_stopping: bool = False
     has_failed: bool = False
 
@@ -193,8 +198,8 @@ def train_step(
         engine.backward(loss * (undo / max(1, trained)))
         engine.step()
     total, stopping, failed = sums.tolist()
-    norm = zero.total_norm(engine)
-    return StepResult(total / max(1, trained), norm, bool(stopping), bool(failed))
+    norm, norms = zero.gradient_norms(engine)
+    return StepResult(total / max(1, trained), norm, norms, bool(stopping), bool(failed))
 
 
 def _effect(loss: Tensor, limit: float) -> Tensor:
@@ -204,7 +209,7 @@ def _effect(loss: Tensor, limit: float) -> Tensor:
 
 
 def note(session: Session, metrics: dict[str, Any], step: Step) -> None:
-    """Write a step down: metrics.jsonl, W&B, and faults.jsonl if it was skipped."""
+    """Write a step down: metrics.jsonl, the sinks, and faults.jsonl if it was skipped."""
     run, number, reason = session.run, metrics["step"], metrics["skipped"]
     if not run.ranks.is_first:
         return
@@ -213,10 +218,10 @@ def note(session: Session, metrics: dict[str, Any], step: Step) -> None:
         fault = {"step": number, "at": asdict(step.at), "reason": reason}
         fault |= {name: metrics[name] for name in ("loss", "grad_norm")} | {"samples": samples}
         run.folder.faults.add(fault)
-        print(f"step {number} is skipped: {reason}; see faults.jsonl", file=sys.stderr)
+        say(f"step {number} is skipped: {reason}; see faults.jsonl")
     run.folder.check_owner()
     run.folder.add_metrics(metrics)
-    session.tracker.log(number, {"train": metrics})
+    session.tracker.log_step(metrics)
 
 
 def after_step(session: Session, done: Progress, result: StepResult, is_good: bool) -> None:
@@ -256,11 +261,12 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
     back = restore(session.engine, choice, run.ranks)
     session.saver.saved_step = back.step
     if run.ranks.is_first:
-        print(f"going back to step {back.step}, steps {first_bad} on are left out", file=sys.stderr)
+        say(f"going back to step {back.step}, steps {first_bad} on are left out")
         for later in (s for s in steps_saved(run.folder.checkpoints) if s > back.step):
             remove(run.folder.checkpoints, later)
         run.folder.faults.add_rollback(back.step, trail.skipped)
         forget_later_steps(run, back, dict(choice.manifest))
+        session.tracker.forget_after(back.step)
     session.watchdog.beat()
     return back
 

@@ -28,7 +28,7 @@ EVALUATIONS, FAULTS, LOCK = "evaluations.jsonl faults.jsonl .lock".split()
 LOCK_SECONDS = 10.0  # that an owner may take to end
 # A folder that was moved is the same run; the DeepSpeed JSON is compared by what is in it.
 CHANGEABLE = (
-    *("run.out", "deepspeed", "train.max_steps", "eval.", "wandb.", "checkpoint."),
+    *("run.out", "deepspeed", "train.max_steps", "eval.", "checkpoint.", "wandb.", "tracking."),
     *("model.checkpointing", "model.vision_checkpointing", "model.offload_activations"),
     *("train.stop_after", "train.hang_timeout", "faults.", "debug.profile_steps"),
 )
@@ -172,9 +172,9 @@ class RunFolder:
         found = read_lines(self.path / EVALUATIONS)
         return list({entry["step"]: entry for entry in found}.values())
 
-    def add_evaluation(self, step: int, loss: float, metrics: dict[str, Any]) -> dict[str, Any]:
+    def add_evaluation(self, step: int, **found: Any) -> dict[str, Any]:
         """Append what an evaluation gave; returns its line."""
-        entry = {"step": step, "loss": loss, "metrics": metrics}
+        entry = {"step": step, **found}
         append_json(self.path / EVALUATIONS, entry)
         return entry
 

@@ -1,5 +1,6 @@
 """One start of a run: its engine, what listens beside it, how it saves, evaluates and stops."""
 
+import json
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from phi3v.config import to_dict
+from phi3v.data.mixture import open_datasets
 from phi3v.errors import CheckpointError, Stopped
 from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate
 from phi3v.evaluation.generation import Generator
@@ -16,11 +19,15 @@ from phi3v.model import Phi3VForCausalLM
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress, Saver
+from phi3v.training.checkpoints.store import BEST, LATEST, read_pointer
+from phi3v.training.console import say
 from phi3v.training.opening import Run, describe_data, dtype_of, load_model
 from phi3v.training.optimizer import parameter_groups
 from phi3v.training.results import best_scores, write_results
+from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT
 from phi3v.training.stopping import StopRequests
-from phi3v.training.tracking import Tracker
+from phi3v.training.tracking import Tracker, check_sinks, open_tracker
+from phi3v.training.tracking.sinks import Histogram
 from phi3v.training.watchdog import Watchdog
 
 
@@ -39,6 +46,7 @@ class Session:
 def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Progress]:
     """Build the engine, and load the newest whole checkpoint if there is one."""
     cfg, ranks, folder = run.cfg, run.ranks, run.folder
+    zero.first_rank_does(lambda: check_sinks(cfg), ranks.is_first)
     if cfg.debug.deterministic:
         torch.use_deterministic_algorithms(True)
     random.seed(cfg.run.seed)
@@ -58,9 +66,9 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
         data = describe_data(run.dataset)
         folder.write_origin(cfg, run.ds, data, ranks.world_size, asdict(run.execution))
         forget_later_steps(run, done, before)
-    tracker = Tracker(cfg, folder.path, ranks.is_first, before.get("wandb_id"))
-    tracker.log_again(folder.read_metrics)
+    tracker = start_tracker(run, done.step, before.get("wandb_id"))
     saver = Saver(engine, folder.checkpoints, cfg.checkpoint, ranks, run.facts())
+    saver.saved_step = choice.step if choice else None
     saver.scores.update(best_scores(folder.read_evaluations(), cfg.checkpoint.best))
     watchdog.beat()
     return Session(run, engine, saver, tracker, stop, watchdog), done
@@ -84,6 +92,40 @@ def forget_later_steps(run: Run, done: Progress, manifest: dict[str, Any]) -> No
     """Drop the records of steps that are about to be repeated."""
     run.folder.cut_metrics(manifest.get("metrics_bytes", 0))
     run.folder.faults.keep(done.step)
+
+
+def start_tracker(run: Run, step: int, known_id: str | None) -> Tracker:
+    """Open the first rank's sinks, and tell them what the run is made of and what they miss."""
+    if not run.ranks.is_first:
+        return Tracker(known_id)
+    tracker = open_tracker(run.cfg, run.folder.path, step, known_id)
+    tracker.log_config(step, describe_origin(run))
+    tracker.log_data(lambda: describe_lengths(run))
+    tracker.log_again(run.folder.read_metrics, run.folder.read_evaluations)
+    return tracker
+
+
+def describe_origin(run: Run) -> dict[str, Any]:
+    """The recipe, and under names of their own the other files that `write_origin` wrote."""
+
+    def read(name: str) -> Any:
+        return json.loads((run.folder.path / name).read_text(encoding="utf-8"))
+
+    origin = {"deepspeed_json": read(DEEPSPEED), "environment": read(ENVIRONMENT)}
+    return {**to_dict(run.cfg), **origin, "dataset": read(DATA)}
+
+
+def describe_lengths(run: Run) -> dict[str, Histogram]:
+    """How many tokens and views samples have, those that are trained on and those held out."""
+    parts: dict[str, Any] = {"train": run.dataset}
+    if run.cfg.eval.rows:
+        split = run.cfg.eval.split
+        parts[split] = open_datasets(run.cfg.data.folders, split, is_optional=True)
+    return {
+        f"{split}_{name}": Histogram.of(values)
+        for split, part in parts.items()
+        for name, values in (("tokens_per_sample", part.tokens), ("views_per_sample", part.views))
+    }
 
 
 def save(session: Session, done: Progress) -> None:
@@ -157,20 +199,39 @@ def finish(session: Session, done: Progress) -> None:
         stop_here(session, done)
     session.saver.wait()
     report(session, evaluation, done, is_finished=True)
-    session.saver.tidy()
+    log_checkpoint(session, done)
+
+
+def log_checkpoint(session: Session, done: Progress) -> None:
+    """Tell the sinks of the checkpoint that the recipe asks for, if it asks."""
+    run, which = session.run, session.run.cfg.wandb.log_checkpoint
+    if not run.ranks.is_first or which == "none":
+        return
+    name = read_pointer(run.folder.checkpoints, LATEST if which == "last" else BEST)
+    if name is None:  # no evaluation gave a number
+        say(f"no checkpoint in {run.folder.checkpoints} is the best, so none is an artifact")
+        return
+    session.tracker.log_checkpoint(done.step, run.folder.checkpoints / name, (which, name))
 
 
 def report(
     session: Session, evaluation: Evaluation | None, done: Progress, is_finished: bool
 ) -> None:
-    """Tell what was found: W&B, evaluations.jsonl, summary.json, predictions.jsonl, report.html."""
+    """Tell what was found: evaluations.jsonl, sinks, summary.json, predictions, report.html."""
     run = session.run
     if not run.ranks.is_first:
         return
     if evaluation:
-        entry = run.folder.add_evaluation(done.step, evaluation.loss, evaluation.metrics())
+        entry = run.folder.add_evaluation(
+            done.step,
+            loss=evaluation.loss,
+            loss_rows=evaluation.loss_rows,
+            unanswered=evaluation.unanswered,
+            metrics=evaluation.metrics(),
+        )
         session.saver.scores.update(best_scores([entry], run.cfg.checkpoint.best))
-        scores = {name: score.value for name, score in evaluation.scores.items()}
-        values = {"eval": {"loss": evaluation.loss, **scores}}
-        session.tracker.log_evaluation(done.step, values, evaluation.examples())
+        found = evaluation.loss, evaluation.metrics(), evaluation.examples()
+        session.tracker.log_evaluation(done.step, *found)
+    if is_finished:
+        session.saver.tidy()  # before the report, which lists what is kept
     write_results(run.folder, run.cfg, evaluation, done.step, is_finished)
