@@ -1,28 +1,55 @@
-"""Ask a model one question.
+"""Ask a model, once, in a conversation, or a file of questions.
 
     python launch/generate.py MODEL --prompt TEXT [--image FILE ...]
+    python launch/generate.py MODEL --chat [--image FILE ...]
+    python launch/generate.py MODEL --jsonl IN --out OUT
 
+MODEL is a Hugging Face folder, a hub name, or a run folder (then its newest checkpoint answers).
 Images are shown before the prompt unless it places them itself with <|image_1|>, <|image_2|>, ...
+A line of IN is {"id", "prompt", "images": [PATH, ...]} or {"id", "messages", "images"}, a line of
+OUT {"id", "prediction"}, or {"id", "error"} and exit code 2 at the end. The answers are greedy
+unless there is a temperature.
 """
 
 import argparse
 from pathlib import Path
 
-from phi3v.evaluation.ask import ask
 from phi3v.training.ranks import run_command, set_environment
 
 
 def main() -> None:
+    arguments = vars(parse())
+    set_environment()
+    # DeepSpeed reads its environment when it is imported.
+    from phi3v.evaluation.wishes import Wishes, fulfil
+    from phi3v.export import base_of, open_any
+    from phi3v.prepare.chats import read_messages
+
+    model = arguments.pop("model")
+    wishes = Wishes(**arguments)
+    fulfil(wishes, lambda: open_any(model, wishes.settings), base_of(model), read_messages)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("model")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    arguments = parser.parse_args()
-    set_environment()
-    print(ask(arguments.model, arguments.prompt, arguments.image, arguments.max_new_tokens))
+    add = parser.add_argument
+    add("model", metavar="MODEL")
+    add("--prompt", metavar="TEXT", help="one question")
+    add("--chat", action="store_true", help="a conversation on stdin")
+    add("--jsonl", type=Path, metavar="IN", help="a file of questions")
+    add("--out", type=Path, metavar="OUT", help="file of the answers to --jsonl")
+    add("--image", type=Path, nargs="+", default=[], metavar="FILE", dest="images")
+    add("--system", metavar="TEXT", help="what the model is told first")
+    stream = argparse.BooleanOptionalAction
+    add("--stream", action=stream, help="show the answer as it comes; default: on a terminal")
+    add("--max_new_tokens", type=int, default=256, help="of one answer, default %(default)s")
+    add("--batch_rows", type=int, default=8, help="of --jsonl at once, default %(default)s")
+    add("--temperature", type=float, help="draw tokens at random; 1: as the model has it")
+    add("--top_p", type=float, help="from the likeliest of this probability, default 1")
+    add("--seed", type=int, help="of the draws, default 0")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

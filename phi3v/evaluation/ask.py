@@ -1,27 +1,67 @@
-"""One question to one model."""
+"""Questions to one model: a question or a whole conversation, with pictures, becomes a prompt.
 
-from collections.abc import Sequence
+    asker = Asker(generator, processor, system="Answer in one word.")
+    asker.ask("Which colour?", [Path("bag.jpg")], show=print)
+
+Pictures stand before the text unless its tags <|image_1|>, <|image_2|>, ... place them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from phi3v.errors import ConfigError
-from phi3v.evaluation.generation import Prompt
+from phi3v.errors import ConfigError, SampleError
+from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.models import open_model
 from phi3v.processing import Phi3VProcessor
 from phi3v.processing.prompt import Message, encode_messages, image_tags
 from phi3v.sample import Canvas
 
+Show = Callable[[str], None]
 
-def ask(model: str, prompt: str, images: Sequence[Path], max_new_tokens: int) -> str:
-    """Answer a prompt about some pictures.
 
-    Raises: ConfigError if a picture cannot be read; SampleError if the tags do not fit them.
+@dataclass(frozen=True)
+class Asker:
+    """A model and how it is talked to; `system` is what it is told first."""
+
+    generator: Generator
+    processor: Phi3VProcessor
+    system: str | None = None
+
+    def ask(self, text: str, images: Sequence[Path] = (), show: Show | None = None) -> str:
+        """Answer a question about some pictures; `show` gets the answer in pieces as it comes.
+
+        Raises: ConfigError if a picture cannot be read; SampleError if the tags do not fit them, or
+        the prompt is too long.
+        """
+        pictures = [_open(path) for path in images]
+        prompt = self.prompt([user_turn(text, len(pictures))], pictures)
+        if show:
+            return self.generator.stream(prompt, show)
+        return self.generator.answer([prompt], quiet=True)[0]
+
+    def prompt(self, messages: Sequence[Message], pictures: Sequence[Image.Image]) -> Prompt:
+        """A conversation up to the answer that is wanted.
+
+        Raises: SampleError if the tags do not fit the pictures, or it is too long.
+        """
+        has_own = bool(messages) and messages[0]["role"] == "system"
+        told = [Message(role="system", content=self.system)] if self.system and not has_own else []
+        prompt = encode_prompt(self.processor, [*told, *messages], pictures)
+        self.generator.check(prompt)
+        return prompt
+
+
+def ask(model: str, text: str, images: Sequence[Path], max_new_tokens: int) -> str:
+    """Answer a question by a model folder or hub model.
+
+    Raises: as `open_model` and `Asker.ask`.
     """
     processor = Phi3VProcessor.from_pretrained(model)
-    asked = make_prompt(processor, prompt, [_open(path) for path in images])
-    return open_model(model, max_new_tokens).answer([asked], quiet=True)[0]
+    return Asker(open_model(model, max_new_tokens), processor).ask(text, images)
 
 
 def make_prompt(processor: Phi3VProcessor, text: str, pictures: Sequence[Image.Image]) -> Prompt:
@@ -29,21 +69,46 @@ def make_prompt(processor: Phi3VProcessor, text: str, pictures: Sequence[Image.I
 
     Raises: SampleError if the tags do not fit the pictures.
     """
+    return encode_prompt(processor, [user_turn(text, len(pictures))], pictures)
+
+
+def encode_prompt(
+    processor: Phi3VProcessor, messages: Sequence[Message], pictures: Sequence[Image.Image]
+) -> Prompt:
+    """A conversation, ready to be answered.
+
+    Raises: SampleError if the tags do not fit the pictures.
+    """
     canvases = [processor.canvas(picture) for picture in pictures]
-    if not image_tags(text):
-        text = "".join(f"<|image_{n}|>\n" for n in range(1, len(pictures) + 1)) + text
     counts = [processor.canvas_tokens(canvas) for canvas in canvases]
-    messages = [Message(role="user", content=text)]
     ids = encode_messages(processor.tokenizer, messages, counts, for_answer=True)
     # The model takes pictures in order of appearance, whatever their tags' numbers are.
-    shown = tuple(Canvas(canvases[tag - 1]) for tag in image_tags(text))
-    return Prompt(np.array(ids), shown)
+    tags = [tag for message in messages for tag in image_tags(message["content"])]
+    return Prompt(np.array(ids), tuple(Canvas(canvases[tag - 1]) for tag in tags))
 
 
-def _open(path: Path) -> Image.Image:
+def user_turn(text: str, num_pictures: int, first: int = 1) -> Message:
+    """What a user says, with the tags of the pictures from `first` on unless the text has tags."""
+    if not image_tags(text):
+        text = "".join(f"<|image_{first + n}|>\n" for n in range(num_pictures)) + text
+    return Message(role="user", content=text)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture and decode it.
+
+    Raises: SampleError if it cannot be read.
+    """
     try:
         image = Image.open(path)
         image.load()
     except Exception as error:  # Pillow's decoders: OSError, SyntaxError, RuntimeError and others
-        raise ConfigError(f"--image {path} cannot be read ({error}); name a picture") from error
+        raise SampleError(f"{path} cannot be read ({error}); name a picture") from error
     return image
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return open_picture(path)
+    except SampleError as error:
+        raise ConfigError(f"--image {error}") from error

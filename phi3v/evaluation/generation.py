@@ -1,17 +1,24 @@
 """Answers by generation: greedy, batched, with a KV cache, explicit stop tokens.
 
+    generator.answer(prompts)                        # in batches
+    generator.stream(prompt, show=print)             # one, piece by piece
+
 No row's answer depends on the rows it shares a batch with: rows that might cross the length where
-the rotary factors change are answered alone.
+the rotary factors change are answered alone. That holds for greedy answers; sampled ones share one
+sequence of random numbers.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from phi3v.errors import SampleError
+from phi3v.evaluation.streaming import TextPieces
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.weights import STOP_TOKENS
 from phi3v.processing.images import pixel_values
@@ -29,10 +36,19 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Tokens drawn at random: from the likeliest that make up `top_p` of the probability."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
 class Generator:
     """A model ready to answer; `max_new_tokens` per answer, `batch_rows` prompts at once.
 
-    `tick` is called before every batch; what it raises ends the answering.
+    tick      is called before every batch; what it raises ends the answering
+    sampling  None: the likeliest token each time
     """
 
     model: Phi3VForCausalLM
@@ -41,6 +57,7 @@ class Generator:
     max_new_tokens: int
     batch_rows: int
     tick: Callable[[], None] = lambda: None
+    sampling: Sampling | None = None
 
     def answer(
         self, prompts: Sequence[Prompt], name: str = "answer", quiet: bool = False
@@ -69,19 +86,54 @@ class Generator:
         ]
         return batches + [[row] for row in rows if lengths[row] > limit]
 
+    def stream(self, prompt: Prompt, show: Callable[[str], None]) -> str:
+        """Answer one prompt, giving `show` the text as it comes; returns what `answer` would.
+
+        The pieces, put together, are the answer: characters of several tokens come whole.
+        """
+        self.tick()
+        pieces = TextPieces(self.tokenizer, self.stop_ids, show)
+        with torch.inference_mode():
+            generated = self._generate([prompt], streamer=pieces)
+        text = self._text(generated[0])
+        pieces.finish(text)
+        return text
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuse a prompt that leaves no room for an answer.
+
+        Raises: SampleError
+        """
+        limit = self.model.config.max_position_embeddings
+        if len(prompt.ids) + self.max_new_tokens > limit:
+            raise SampleError(
+                f"prompt is too long: {len(prompt.ids):,} tokens and {self.max_new_tokens:,} of the"
+                f" answer are more than the model's {limit:,}; shorten it, or show fewer pictures"
+            )
+
     def _answer_batch(self, prompts: Sequence[Prompt]) -> list[str]:
+        return [self._text(row) for row in self._generate(prompts)]
+
+    def _generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[list[int]]:
+        """The tokens of each answer, and what pads it."""
         ids, mask = pad_left([prompt.ids for prompt in prompts], self.pad_id)
         device = self.model.device
+        if sampling := self.sampling:
+            draw = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            settings |= {"do_sample": True, **draw}
+        else:
+            settings |= {"do_sample": False}
         generated = self.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             **self._pictures([image for prompt in prompts for image in prompt.images]),
             max_new_tokens=self.max_new_tokens,
-            do_sample=False,
             eos_token_id=self.stop_ids,
             pad_token_id=self.pad_id,
+            **settings,
         )
-        return [self._text(row) for row in generated[:, ids.shape[1] :].tolist()]
+        answers: list[list[int]] = generated[:, ids.shape[1] :].tolist()
+        return answers
 
     def _pictures(self, images: Sequence[Canvas]) -> dict[str, Tensor]:
         if not images:

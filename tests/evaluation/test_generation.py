@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from phi3v.data import Dataset
-from phi3v.evaluation.evaluate import prompt_of
+from phi3v.errors import SampleError
 from phi3v.evaluation.generation import Generator, Prompt, pad_left
+from phi3v.evaluation.held_out import prompt_of
 from phi3v.evaluation.models import open_model
+from phi3v.evaluation.streaming import TextPieces
 
 LIMIT = 512  # tokens up to which the tiny model's short rotary factors hold
 NEW_TOKENS = 12
@@ -168,3 +170,56 @@ def test_an_answer_without_an_end_has_the_tokens_that_were_asked_for(say) -> Non
     answers, steps = say("a " * NEW_TOKENS)
     assert answers == ["a" * NEW_TOKENS]
     assert steps == NEW_TOKENS
+
+
+# --- an answer in pieces ---
+
+
+def streamed(generator: Generator, ids: Sequence[int]) -> list[str]:
+    """The pieces of an answer that consists of these tokens."""
+    shown: list[str] = []
+    pieces = TextPieces(generator.tokenizer, generator.stop_ids, shown.append)
+    pieces.put(torch.tensor([[1, 2, 3]]))
+    for token in ids:
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    pieces.finish(generator._text(list(ids)))
+    return shown
+
+
+def test_a_streamed_answer_is_the_answer(generator: Generator, prompts: list[Prompt]) -> None:
+    answers = generator.answer(prompts[:3], quiet=True)
+    for prompt, answer in zip(prompts, answers, strict=False):
+        shown: list[str] = []
+        assert generator.stream(prompt, shown.append) == answer == "".join(shown)
+        assert len(shown) > 1
+
+
+def test_pieces_of_any_tokens_make_the_answer(generator: Generator) -> None:
+    """Half of them bytes, valid characters or not; control tokens and white space among them."""
+    draw = np.random.default_rng(0)
+    byte = generator.tokenizer.convert_tokens_to_ids("<0x00>")
+    for _ in range(300):
+        ids = draw.integers(0, generator.model.config.vocab_size, 30)
+        is_byte = draw.random(30) < 0.5
+        ids[is_byte] = byte + draw.integers(0, 256, is_byte.sum())
+        shown = streamed(generator, ids.tolist())
+        assert "".join(shown) == generator._text(ids.tolist())
+
+
+def test_a_character_of_several_tokens_is_shown_whole(generator: Generator) -> None:
+    names = [f"<0x{byte:02X}>" for byte in "\u00e9\U0001f600".encode()] + ["a", "b"]
+    ids = generator.tokenizer.convert_tokens_to_ids(names)
+    assert streamed(generator, ids) == ["\u00e9\U0001f600a", "b"]
+
+
+def test_nothing_is_shown_behind_a_stop_token(generator: Generator) -> None:
+    ids = generator.tokenizer.convert_tokens_to_ids(["a", "<|end|>", "b"])
+    assert streamed(generator, ids) == ["a"]
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(generator: Generator) -> None:
+    longest = generator.model.config.max_position_embeddings - NEW_TOKENS
+    generator.check(words(longest))
+    with pytest.raises(SampleError, match="4,085 tokens and 12 of the answer are more than the"):
+        generator.check(words(longest + 1))

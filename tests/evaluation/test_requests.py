@@ -1,0 +1,125 @@
+"""Every line of a file of questions has its line of answers, or of what is wrong with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3v.errors import ConfigError, SampleError
+from phi3v.evaluation import requests
+from phi3v.evaluation.ask import Asker
+from phi3v.evaluation.models import open_model
+from phi3v.evaluation.requests import answer_file
+from phi3v.prepare.chats import read_messages
+from phi3v.processing import Phi3VProcessor
+from tests.tiny import write_jsonl
+
+Answer = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def asker(tiny_model: Path) -> Asker:
+    processor = Phi3VProcessor.from_pretrained(tiny_model)
+    return Asker(open_model(tiny_model, max_new_tokens=6, batch_rows=2), processor)
+
+
+@pytest.fixture
+def answer(asker: Asker, catalogue: Path, tmp_path: Path) -> Answer:
+    """Answer rows of a file that lies in the catalogue's folder."""
+
+    def run(rows: list[Any]) -> list[dict[str, Any]]:
+        source = write_jsonl(catalogue / f"{tmp_path.name}.jsonl", rows)
+        out = tmp_path / "sub" / "out.jsonl"
+        try:
+            answer_file(asker, source, out, read_messages)
+        finally:
+            source.unlink()
+            assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+    return run
+
+
+def picture(catalogue: Path) -> str:
+    return str(min((catalogue / "images").iterdir()).relative_to(catalogue))
+
+
+def test_answers_come_in_the_order_of_the_rows(
+    answer: Answer, asker: Asker, catalogue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "BATCHES", 1)
+    rows = [{"id": f"r{n}", "prompt": "What is it? " * (5 - n)} for n in range(5)]
+    rows[1]["images"] = [picture(catalogue)]  # type: ignore[assignment]
+    found = answer(rows)
+    assert [list(row) for row in found] == [["id", "prediction"]] * 5
+    assert [row["id"] for row in found] == ["r0", "r1", "r2", "r3", "r4"]
+    paths = [[catalogue / picture(catalogue)] if n == 1 else [] for n in range(5)]
+    alone = [asker.ask(rows[n]["prompt"], paths[n]) for n in range(5)]
+    assert [row["prediction"] for row in found] == alone
+    assert len(set(alone)) > 2, "the answers must differ for their order to matter"
+
+
+def test_messages_are_asked_up_to_their_last_answer(
+    answer: Answer, asker: Asker, catalogue: Path
+) -> None:
+    image = {"type": "image", "image": picture(catalogue)}
+    question = {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]}
+    known = {"role": "assistant", "content": "A hat."}
+    found = answer([{"messages": [question]}, {"id": 7, "messages": [question, known]}])
+    expected = asker.ask("What is it?", [catalogue / picture(catalogue)])
+    assert found == [{"id": "1", "prediction": expected}, {"id": 7, "prediction": expected}]
+
+
+def test_a_row_of_its_own_system_text_keeps_it(answer: Answer, asker: Asker) -> None:
+    told = [{"role": "system", "content": "Shout."}, {"role": "user", "content": "Hi"}]
+    prompt = Asker(asker.generator, asker.processor, "Be brief.").prompt(told, [])  # type: ignore[arg-type]
+    assert "Be brief" not in asker.processor.decode(prompt.ids)
+
+
+def test_a_bad_row_says_why_and_spoils_no_other(
+    asker: Asker, tmp_path: Path, tiny_model: Path
+) -> None:
+    lines = [
+        '{"id": "good", "prompt": "Hi"}',
+        '{"id": "cut off", "prom',
+        "[1]",
+        '{"id": "nothing"}',
+        '{"id": "gone", "prompt": "What?", "images": ["none.png"]}',
+        '{"id": "odd", "prompt": "What?", "images": "none.png"}',
+        '{"id": "null", "prompt": "What?", "images": [null]}',
+        '{"id": "tags", "prompt": "<|image_3|>?"}',
+        '{"id": "end", "messages": [{"role": "assistant", "content": "So."}]}',
+        json.dumps({"id": "long", "prompt": "word " * 5000}),
+        "",
+        '{"id": "good too", "prompt": "Hi"}',
+    ]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(SampleError, match=f"9 of 11 rows of {source} have no answer; {out} says"):
+        answer_file(asker, source, out, read_messages)
+    found = {row["id"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
+    assert found["good"]["prediction"] == found["good too"]["prediction"]
+    reasons = {
+        "2": "no JSON",
+        "3": "a list, not an object",
+        "nothing": "neither a 'prompt' text nor 'messages'",
+        "gone": "none.png cannot be read",
+        "odd": "'images' is a str",
+        "null": "an image is a NoneType",
+        "tags": "do not number 0 images",
+        "end": "nothing that asks for an answer",
+        "long": "prompt is too long",
+    }
+    assert list(found) == ["good", *reasons, "good too"]
+    for name, reason in reasons.items():
+        assert set(found[name]) == {"id", "error"} and reason in found[name]["error"]
+
+
+def test_files_that_cannot_be_used_are_refused(asker: Asker, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--jsonl .*none.jsonl cannot be read"):
+        answer_file(asker, tmp_path / "none.jsonl", tmp_path / "out.jsonl", read_messages)
+    source = write_jsonl(tmp_path / "in.jsonl", [])
+    with pytest.raises(ConfigError, match="is the file that is read; name another"):
+        answer_file(asker, source, source, read_messages)
