@@ -99,9 +99,17 @@ small { display: block; color: var(--muted); font-size: 0.87em; font-weight: 400
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .facts th { width: 32%; font-weight: 400; color: var(--muted); }
 .facts th, .facts td { padding-top: 5px; padding-bottom: 5px; overflow-wrap: anywhere; }
+nav { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 14px 0 0; }
+nav a { color: var(--muted); }
+summary { cursor: pointer; padding: 4px 0; }
+pre { margin: 4px 0 14px; padding: 10px 14px; background: var(--panel); border-radius: 6px;
+  font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 @media screen and (max-width: 680px) {
   main { padding: 18px 14px 32px; }
   .tiles { grid-template-columns: 1fr 1fr; } }
 @media print { main { max-width: none; padding: 0; } body { font-size: 12px; }
+  nav { display: none; } pre { font-size: 10px; }
+  details::details-content { content-visibility: visible; block-size: auto; }
   .charts { grid-template-columns: 1fr 1fr; } }
 """

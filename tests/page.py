@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 class Page(HTMLParser):
     """Tags, attributes and text of a page; checks that every tag is closed."""
 
-    VOID = {"meta", "img", "br", "path", "polyline", "circle"}
+    VOID = {"meta", "img", "br", "wbr", "path", "polyline", "circle"}
 
     def __init__(self, source: str):
         super().__init__()

@@ -3,8 +3,9 @@
     svg = line_chart("Loss", [Curve("loss", [(1, 8.1), (2, 7.9)], is_smoothed=True)])
 
 A chart is text of about 10 kB whatever the length of the run: a curve of more than 400 points is
-thinned to the lowest and highest point of each of 200 stretches, so that no spike is lost. The page
-must include `CHART_STYLE` and define the colours `--muted` and `--rule`.
+thinned to the lowest and highest point of each of 200 stretches, so that no spike is lost. Lines
+differ in their dashes as well as in their colours. The page must include `CHART_STYLE` and define
+the colours `--muted` and `--rule`.
 """
 
 import math
@@ -17,7 +18,7 @@ WIDTH, HEIGHT = 480, 250  # units of the viewBox; the page scales it to its colu
 LEFT, RIGHT, TOP, BOTTOM = 52, 22, 10, 40
 NUM_TICKS = 5
 MOST_POINTS = 400
-NUM_STYLES = 6  # the classes s0 ... s5 of lines and k0 ... k5 of their keys
+NUM_STYLES = 6  # the classes s0 ... s5 of lines and their keys
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
 
@@ -26,11 +27,15 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line of (step, value) points; a smoothed one is drawn over its faint raw line."""
+    """A named line of (step, value) points; a smoothed one is drawn over its faint raw line.
+
+    spans  (step, low, high) of intervals, drawn as faint upright lines
+    """
 
     name: str
     points: Points
     is_smoothed: bool = False
+    spans: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def line_chart(title: str, curves: Sequence[Curve], is_percent: bool = False) ->
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return ""
-    x, y = _axes(list(chain.from_iterable(curve.points for curve in curves)))
+    x, y = _axes(list(chain.from_iterable(_extent(curve) for curve in curves)), is_percent)
     lines = "".join(_curve(curve, index, x, y) for index, curve in enumerate(curves))
     return (
         f"<figure><figcaption>{escape(title)}{_legend(curves)}</figcaption>"
@@ -91,12 +96,19 @@ def short_number(value: float) -> str:
     return f"{value:.3g}".replace("e-0", "e-")
 
 
-def _axes(points: Points) -> tuple[_Axis, _Axis]:
+def _extent(curve: Curve) -> Points:
+    ends = ((step, value) for step, *both in curve.spans for value in both)
+    return [*curve.points, *ends]
+
+
+def _axes(points: Points, is_percent: bool) -> tuple[_Axis, _Axis]:
     steps, values = [step for step, _ in points], [value for _, value in points]
     low, high = _widen(min(steps), max(steps))
     inside = [tick for tick in _ticks(low, high) if low <= tick <= high]
     x = _Axis(low, high, LEFT, WIDTH - RIGHT, inside)
     low, high = _widen(min(values), max(values))
+    if is_percent and max(values) <= 1:  # of shares there is no more than all
+        high = min(high, 1.0)
     if 0 < low < high / 2:  # show zero unless that would flatten the curve
         low = 0.0
     ticks = _ticks(low, high)
@@ -137,10 +149,13 @@ def _grid(x: _Axis, y: _Axis, is_percent: bool) -> str:
 
 
 def _labels(ticks: Sequence[float], is_percent: bool = False) -> list[str]:
-    """Write ticks in the unit of the largest: 0, 5k, 10k."""
+    """Write ticks in the unit of the largest: 0, 5k, 10k; 0, 5e-6, 10e-6."""
     if is_percent:
         return [f"{100 * tick:.4g}%" for tick in ticks]
     largest = max(abs(tick) for tick in ticks)
+    if largest < 0.01:
+        power = math.floor(math.log10(largest / NUM_TICKS))
+        return [f"{tick / 10**power:.3g}e{power}" if tick else "0" for tick in ticks]
     unit, suffix = next(((u, s) for u, s in _UNITS if largest >= u), (1.0, ""))
     divisor = 1e3 if suffix == "k" else unit
     return [f"{tick / divisor:,.4g}{suffix}".replace("e-0", "e-") for tick in ticks]
@@ -149,8 +164,19 @@ def _labels(ticks: Sequence[float], is_percent: bool = False) -> list[str]:
 def _curve(curve: Curve, index: int, x: _Axis, y: _Axis) -> str:
     style = f"s{index % NUM_STYLES}"
     if not curve.is_smoothed:
-        return _line(curve.points, style, x, y)
+        return _spans(curve, index, x, y) + _line(curve.points, style, x, y)
     return _line(curve.points, f"{style} faint", x, y) + _line(smooth(curve.points), style, x, y)
+
+
+def _spans(curve: Curve, index: int, x: _Axis, y: _Axis) -> str:
+    """Upright lines, those of each curve a little beside those before."""
+    if not curve.spans or len(curve.spans) > MOST_POINTS:
+        return ""
+    lines = (
+        f"M{x.place(step) + 4 * index:.1f} {y.place(low):.1f}V{y.place(high):.1f}"
+        for step, low, high in curve.spans
+    )
+    return f'<path class="s{index % NUM_STYLES} span" d="{"".join(lines)}"/>'
 
 
 def _line(points: Points, style: str, x: _Axis, y: _Axis) -> str:
@@ -177,7 +203,8 @@ def _legend(curves: Sequence[Curve]) -> str:
     if len(curves) == 1:
         return ""
     keys = (
-        f'<span class="key k{index % NUM_STYLES}">{escape(curve.name)}</span>'
+        '<span class="key"><svg viewBox="0 0 30 6" aria-hidden="true">'
+        f'<path class="s{index % NUM_STYLES}" d="M0 3H30"/></svg>{escape(curve.name)}</span>'
         for index, curve in enumerate(curves)
     )
     return f'<span class="legend">{"".join(keys)}</span>'
@@ -190,18 +217,22 @@ CHART_STYLE = """
 figure { margin: 0; break-inside: avoid; }
 figcaption { font-weight: 600; margin-bottom: 4px; }
 .legend { display: block; font-size: 0.87em; font-weight: 400; }
-.key { display: inline-block; margin-right: 14px; }
-.key::before { content: ""; display: inline-block; width: 18px; margin-right: 6px;
-  border-top: 3px solid; vertical-align: middle; }
+.key { display: inline-block; margin-right: 14px; overflow-wrap: anywhere; }
+.key svg { display: inline-block; width: 30px; height: 6px; margin-right: 6px;
+  vertical-align: middle; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 12.5px; fill: var(--muted); font-variant-numeric: tabular-nums; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--muted); }
-polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.faint { opacity: 0.25; stroke-width: 1; }
-.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); } .s2 { stroke: var(--s2); }
-.s3 { stroke: var(--s3); } .s4 { stroke: var(--s4); } .s5 { stroke: var(--s5); }
-.k0::before { border-color: var(--s0); } .k1::before { border-color: var(--s1); }
-.k2::before { border-color: var(--s2); } .k3::before { border-color: var(--s3); }
-.k4::before { border-color: var(--s4); } .k5::before { border-color: var(--s5); }
+.bar { fill: var(--s0); print-color-adjust: exact; }
+polyline, .key path, .span { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.s0 { stroke: var(--s0); }
+.s1 { stroke: var(--s1); stroke-dasharray: 7 3; }
+.s2 { stroke: var(--s2); stroke-dasharray: 2 2.5; }
+.s3 { stroke: var(--s3); stroke-dasharray: 9 3 2 3; }
+.s4 { stroke: var(--s4); stroke-dasharray: 4 2; }
+.s5 { stroke: var(--s5); stroke-dasharray: 12 3 2 3 2 3; }
+.faint, .span { opacity: 0.25; stroke-dasharray: none; } .faint { stroke-width: 1; }
+.span { stroke-width: 3; opacity: 0.35; }
+@media screen and (max-width: 680px) { svg text { font-size: 15px; } }
 """

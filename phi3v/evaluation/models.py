@@ -36,7 +36,8 @@ def check_model(dataset: Dataset, path: str) -> None:
     Raises: ConfigError naming what differs.
     """
     processor = Phi3VProcessor.from_pretrained(path)
-    made_for, found = dataset.view_settings, processor.views
+    made_for = dataset.view_settings, dataset.manifest["image_side"]
+    found = processor.views, processor.side
     tokenizer = dataset.manifest["tokenizer"]
     if made_for != found or tokenizer != processor.tokenizer_digest:
         what = "image settings" if made_for != found else "tokenizer"

@@ -1,6 +1,7 @@
 """What rank 0 says about its steps: one live line on a terminal, a line now and then in a log.
 
 step 120/1000, 1:02:40 left, loss 1.284, lr 2e-05, 12,345 tokens/s, MFU 41.2%, packed 99.1%
+evaluation at step 120: loss 1.310, exact_match 61.0% (55.1% to 66.9%, blind 12.5%)
 """
 
 import math
@@ -11,8 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from phi3v.evaluation.metrics.names import BLIND
+from phi3v.evaluation.report.words import loss_value, metric_value
 from phi3v.progress import progress
 
+MOST_METRICS = 3  # of an evaluation
 LOG_SECONDS = 30.0  # between lines where nobody watches; the first and the last step have theirs
 
 
@@ -58,13 +62,37 @@ class Console:
         return (now - since) / (number - first) * (self._total - number)
 
 
+def say(line: str) -> None:
+    """Print a line on stderr, above the live one."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def describe_evaluation(
+    step: int, loss: float | None, metrics: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """An evaluation in one line: the loss, and the first metrics with their 95 % intervals."""
+    seen = {name: score for name, score in metrics.items() if not name.startswith(BLIND)}
+    shown = list(seen)[:MOST_METRICS]
+    scores = (_describe_score(name, seen[name], metrics.get(BLIND + name)) for name in shown)
+    return ", ".join([f"evaluation at step {step}: loss {loss_value(loss)}", *scores])
+
+
+def _describe_score(name: str, score: Mapping[str, Any], blind: Mapping[str, Any] | None) -> str:
+    value, low, high = (metric_value(name, score[key]) for key in ("value", "low", "high"))
+    if score["value"] is None:
+        return f"{name} has no rows"
+    control = f", blind {metric_value(name, blind['value'])}" if blind else ""
+    return f"{name} {value} ({low} to {high}{control})"
+
+
 def describe(metrics: Mapping[str, Any], total: int, seconds_left: float | None) -> str:
     """A step in one line, the most important first: a narrow terminal cuts its end off."""
     loss, mfu = metrics["loss"], metrics["mfu"]
     parts = (
         f"step {metrics['step']}/{total}",
         "" if seconds_left is None else f"{tqdm.format_interval(seconds_left)} left",
-        "loss not finite" if loss is None else f"loss {loss:.3f}",
+        f"loss {loss_value(loss)}",
         f"lr {max(metrics['lr'].values()):.3g}",  # of the module that learns fastest
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
         "" if mfu is None else f"MFU {mfu:.1%}",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 
 from phi3v.config import DeepSpeedConfig, RunConfig, to_dict
 from phi3v.data import Dataset
+from phi3v.data.audit import canvas_sizes
 from phi3v.data.mixture import SIZES, Mixture, open_datasets
 from phi3v.data.packing import Budget, Plan, check_fits
 from phi3v.errors import ConfigError
-from phi3v.evaluation.evaluate import open_held_out
+from phi3v.evaluation.held_out import open_held_out
 from phi3v.evaluation.models import check_model
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.execution import Execution, choose_execution
@@ -117,4 +119,23 @@ def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
         "shards": ", ".join(str(part.folder) for part in dataset.datasets),
         "fingerprint": dataset.fingerprint,
         **{name: dataset.entry[name] for name in SIZES},
+        "datasets": [_describe_folder(part) for part in dataset.datasets],
     }
+
+
+def _describe_folder(dataset: Dataset) -> dict[str, Any]:
+    """A folder's splits with their sizes and lengths, and what was rejected when it was made."""
+    manifest = dataset.manifest
+    splits = {name: _describe_split(entry) for name, entry in manifest["splits"].items()}
+    splits[dataset.split]["images"] = len(canvas_sizes(dataset))
+    return {
+        "folder": str(dataset.folder),
+        "splits": splits,
+        "rejected": manifest.get("rejected"),
+    }
+
+
+def _describe_split(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a split; `histogram`: [tokens, samples] by the start of a bin of lengths."""
+    lengths = entry.get("audit", {}).get("histograms", {}).get("tokens")
+    return {name: entry[name] for name in SIZES} | {"histogram": lengths}

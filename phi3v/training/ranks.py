@@ -30,6 +30,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed
+from transformers.utils.logging import disable_progress_bar
 
 from phi3v.errors import ConfigError, Phi3VError, Stopped
 
@@ -101,6 +102,8 @@ def _set_defaults() -> None:
     # torch 2.13 renames two collectives: DeepSpeed's calls of the old names warn 4 times a step
     renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    if not sys.stderr.isatty() or _rank() != "0":  # transformers' bars fill a log with \r
+        disable_progress_bar()
 
 
 def _launcher_ranks() -> tuple[Ranks, int, int]:

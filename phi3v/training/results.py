@@ -8,10 +8,21 @@ from typing import Any
 import numpy as np
 
 from phi3v.config import RunConfig
+from phi3v.errors import CheckpointError
 from phi3v.evaluation.evaluate import Evaluation
-from phi3v.evaluation.report import write_report
+from phi3v.evaluation.metrics import is_lower_better
+from phi3v.evaluation.report import Report, Saved, write_report
 from phi3v.files import write_text
-from phi3v.training.run_folder import REPORT, RunFolder
+from phi3v.training import console
+from phi3v.training.checkpoints.store import (
+    BEST,
+    LATEST,
+    read_manifest,
+    read_pointer,
+    step_name,
+    steps_saved,
+)
+from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT, RunFolder
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -19,7 +30,7 @@ PREDICTIONS = "predictions.jsonl"
 def write_results(
     folder: RunFolder, cfg: RunConfig, evaluation: Evaluation | None, step: int, is_finished: bool
 ) -> None:
-    """Write summary, answers and report of a run as it stands."""
+    """Write summary, answers and report of a run as it stands, and say what was found."""
     steps = folder.read_metrics()
     summary = {
         "is_finished": is_finished,
@@ -33,10 +44,41 @@ def write_results(
     if evaluation:
         lines = [json.dumps(asdict(o), ensure_ascii=False) for o in evaluation.outcomes]
         write_text(folder.path / PREDICTIONS, "".join(line + "\n" for line in lines))
-    examples = evaluation.examples() if evaluation else []
-    path = folder.path / REPORT
-    write_report(path, folder.path.name, steps, summary, examples, facts(folder, cfg))
-    folder.write_summary(summary)
+        console.say(console.describe_evaluation(step, evaluation.loss, evaluation.metrics()))
+    data = json.loads((folder.path / DATA).read_text(encoding="utf-8"))
+    report = Report(
+        title=folder.path.name,
+        steps=steps,
+        summary=summary,
+        evaluations=folder.read_evaluations(),
+        examples=evaluation.examples() if evaluation else (),
+        data=data.get("datasets", ()),
+        checkpoints=saved(folder),
+        faults=folder.faults.read(),
+        facts=facts(folder, cfg),
+        files={name: (folder.path / name).read_text("utf-8") for name in (CONFIG, DEEPSPEED)},
+    )
+    write_report(folder.path / REPORT, report)
+    folder.write_summary(summary)  # last: it may say that the run is finished
+
+
+def saved(folder: RunFolder) -> list[Saved]:
+    """The checkpoints of a run, oldest first; one that is removed meanwhile is left out."""
+    checkpoints = folder.checkpoints
+    pointers = {mark: read_pointer(checkpoints, mark) for mark in (LATEST, BEST)}
+    found = []
+    for step in steps_saved(checkpoints):
+        name = step_name(step)
+        marks = tuple(mark for mark, pointed in pointers.items() if pointed == name)
+        try:
+            manifest = read_manifest(checkpoints / name)
+        except CheckpointError:
+            if (checkpoints / name).is_dir():
+                found.append(Saved(step, "", 0, (*marks, "damaged")))
+            continue
+        size = sum(file["bytes"] for file in manifest["files"].values())
+        found.append(Saved(step, f"{manifest['saved_at'][:19]}Z", size, marks))
+    return found
 
 
 def best_scores(entries: Sequence[Mapping[str, Any]], best: str | None) -> dict[int, float]:
@@ -46,12 +88,14 @@ def best_scores(entries: Sequence[Mapping[str, Any]], best: str | None) -> dict[
     """
     if best is None:
         return {}
-    sign = -1 if best == "loss" or best.endswith("_mape") else 1
-    return {
-        entry["step"]: sign * (entry["loss"] if best == "loss" else entry["metrics"][best]["value"])
+    sign = -1 if best == "loss" or is_lower_better(best) else 1
+    found = {
+        entry["step"]: entry["loss"]
+        if best == "loss"
+        else entry["metrics"].get(best, {}).get("value")
         for entry in entries
-        if best == "loss" or best in entry["metrics"]
     }
+    return {step: sign * value for step, value in found.items() if value is not None}
 
 
 def totals(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -102,8 +146,8 @@ def throughput(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def facts(folder: RunFolder, cfg: RunConfig) -> dict[str, str]:
     """The settings that a reader of the report asks for first."""
-    environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-    data = json.loads((folder.path / "data.json").read_text(encoding="utf-8"))
+    environment = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))
+    data = json.loads((folder.path / DATA).read_text(encoding="utf-8"))
     parts = cfg.data.parts
     shards = ", ".join(p.path if p.weight == 1 else f"{p.path} x {p.weight:g}" for p in parts)
     return {

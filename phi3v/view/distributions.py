@@ -7,10 +7,11 @@ from fractions import Fraction
 import numpy as np
 
 from phi3v.data import Dataset
-from phi3v.data.audit import bin_end, bin_start, canvas_sizes
+from phi3v.data.audit import bin_start, canvas_sizes
 from phi3v.data.packing import Budget, Plan, Position, check_fits
+from phi3v.evaluation.bars import Bar, bar_chart, histogram
 from phi3v.geometry import Grid, grid_of
-from phi3v.view.drawings import Bar, Part, bar_chart, grid_chart, pack_chart
+from phi3v.view.drawings import Part, grid_chart, pack_chart
 
 PACKS = 8  # drawn, of the first epoch
 MAX_TOKENS, MAX_VIEWS, WINDOW = 8192, 64, 1024  # of a pack, as data.* of a run recipe have them
@@ -81,20 +82,12 @@ def _part(dataset: Dataset, index: int) -> Part:
 
 
 def _bins(datasets: Mapping[str, Dataset], name: str) -> list[Bar]:
-    """The bins from the least to the largest value, empty ones between them included."""
     counts: Counter[int] = Counter()
     for dataset in datasets.values():
         values, numbers = np.unique(getattr(dataset, name), return_counts=True)
         for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
             counts[bin_start(value)] += number
-    bars: list[Bar] = []
-    start, last = min(counts, default=0), max(counts, default=-1)
-    while start <= last:
-        end, label = bin_end(start), f"{start:,}"
-        span = label if end == start else f"{label} to {end:,}"
-        bars.append(Bar(label, counts[start], f"{span}: {counts[start]:,} samples"))
-        start = end + 1
-    return bars
+    return histogram(counts)
 
 
 def _grids(datasets: Mapping[str, Dataset]) -> dict[Grid, int]:

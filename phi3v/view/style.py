@@ -7,8 +7,6 @@ VIEW_STYLE = """
   :root { --trained: #17492a; --trained-ink: #b9f0cb; --image: #1d3a6b; --image-ink: #cfe0ff;
     --control: #c9a9ee; --cut: #ff8a3d; } }
 h3 { font-size: 15px; margin: 18px 0 2px; overflow-wrap: anywhere; break-after: avoid; }
-nav { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 14px 0 0; }
-nav a { color: var(--muted); }
 .number { text-align: right; white-space: nowrap; } .wide { overflow-x: auto; }
 .list { margin-top: 12px; } .list tbody th, .list td { padding-top: 5px; padding-bottom: 5px; }
 .list td { overflow-wrap: anywhere; }
@@ -40,12 +38,12 @@ div.tokens { margin: 0 0 12px; padding: 8px 12px; background: var(--panel); bord
 .trained b { color: inherit; }
 .image { background: var(--image); color: var(--image-ink); border-radius: 10px; padding: 2px 9px;
   margin: 0 2px; }
-.tokens, .bar, .room, .cell, [class^="in-"] { print-color-adjust: exact; }
+.tokens, .room, .cell, [class^="in-"] { print-color-adjust: exact; }
 dl { display: grid; grid-template-columns: 5em minmax(0, 1fr); gap: 2px 10px; margin: 0;
   font-size: 0.93em; }
 dt { color: var(--muted); }
 dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15em; overflow: auto; }
-.bar { fill: var(--s0); } .cell { fill: none; stroke: var(--rule); } svg .ink { fill: var(--ink); }
+.cell { fill: none; stroke: var(--rule); } svg .ink { fill: var(--ink); }
 .room { fill: var(--panel); stroke: var(--rule); }
 .in-image { fill: var(--s0); } .in-text { fill: var(--muted); } .in-trained { fill: var(--s2); }
 .swatch { margin-left: 12px; display: inline-block; width: 12px; height: 12px; }
@@ -53,5 +51,5 @@ dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15em
 .swatch.in-trained { background: var(--s2); }
 @media screen and (max-width: 680px) {
   .sides { grid-template-columns: minmax(0, 1fr); } }
-@media print { div.tokens, dd { max-height: none; } nav { display: none; } }
+@media print { div.tokens, dd { max-height: none; } }
 """

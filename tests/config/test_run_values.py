@@ -144,6 +144,11 @@ def test_a_wrong_type_or_choice_is_refused(override: str, message: str) -> None:
         ("eval.metrics=[a, a]", "eval.metrics holds 'a' twice; keep one"),
         ("eval.every=-1", "eval.every must be at least 0, got -1"),
         ("eval.batch_rows=0", "eval.batch_rows must be at least 1, got 0"),
+        ("eval.loss_rows=0", "eval.loss_rows must be at least 1, got 0"),
+        (
+            "eval.max_seconds=0",
+            "eval.max_seconds must be above 0, got 0.0; leave it out for no limit",
+        ),
         ("checkpoint.every=0", "checkpoint.every must be at least 1, got 0"),
         ("checkpoint.keep=0", "checkpoint.keep must be at least 1, got 0"),
         ("wandb.project=''", "wandb.project must not be empty, got ''"),

@@ -1,37 +1,28 @@
 """Scores, loss and blind control of held-out rows, on one rank and shared among several."""
 
 import re
-from collections import Counter
-from dataclasses import replace
-from itertools import product
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
 from phi3v.data.batch import collate, model_inputs
-from phi3v.errors import ConfigError, ShardError
-from phi3v.evaluation.evaluate import (
-    Evaluation,
-    Interrupted,
-    blind_prompt,
-    evaluate,
-    exchange,
-    open_held_out,
-    prompt_of,
-)
-from phi3v.evaluation.generation import Generator
+from phi3v.evaluation import losses
+from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate
+from phi3v.evaluation.generation import Generator, Prompt
+from phi3v.evaluation.held_out import blind_prompt, exchange, prompt_of
 from phi3v.evaluation.models import open_model
-from phi3v.geometry import grid_of, image_tokens
-from phi3v.prepare import prepare
-from phi3v.sample import Sample, with_images
-from tests.tiny import product_recipe
+from phi3v.evaluation.outcomes import Job
+from phi3v.sample import Sample
+from tests.tiny import write_samples
 
 PATTERN = "Product: {title}, Category: {category}, Full Price: {price:float}"
 METRICS = ("exact_match", "parse_rate", "title_exact_match", "title_exact_match_unseen")
@@ -52,90 +43,52 @@ def held_out(tiny_shards: Path) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def shapes(tiny_shards: Path) -> list[Sample]:
-    """A sample of each size of canvas that the catalogue has."""
-    found = {sample.images[0].size: sample for sample in Dataset(tiny_shards, "train")}
-    assert len(found) > 1
-    return list(found.values())
-
-
-@pytest.fixture(scope="module")
 def evaluation(generator: Generator, tiny_shards: Path) -> Evaluation:
     return evaluate(generator, [str(tiny_shards)], SETTINGS)
+
+
+@dataclass(frozen=True)
+class Knowing(Generator):
+    """The generator, but for some prompts it has been told the answer, and it has none to others.
+
+    It is a model that is right where a test wants it to be.
+    """
+
+    answers: Mapping[bytes, str] = field(default_factory=dict)
+
+    def answer(self, prompts: Sequence[Prompt], *_: Any, **__: Any) -> list[str]:
+        return [self.answers.get(content(prompt), "") for prompt in prompts]
+
+
+def content(prompt: Prompt) -> bytes:
+    return prompt.ids.tobytes() + b"".join(image.pixels.tobytes() for image in prompt.images)
+
+
+def knowing(generator: Generator, samples: Sequence[Sample]) -> Knowing:
+    answers = {content(prompt_of(sample)): sample.meta["reference"] for sample in samples}
+    return Knowing(**vars(generator), answers=answers)
 
 
 def on_ranks(
     generator: Generator, shards: Path, settings: EvalSection, ranks: int
 ) -> list[Evaluation]:
-    """What each of several ranks returns: each is run to the point where it gathers, then all."""
-    shares: list[Any] = []
+    """What each of several ranks returns: threads, which meet where they gather."""
+    shares: list[Any] = [None] * ranks
+    barrier = Barrier(ranks)
 
-    class Gathering(Exception):
-        pass
+    def run(rank: int) -> Evaluation:
+        def gather(share: Any) -> list[Any]:
+            shares[rank] = share
+            barrier.wait(60)
+            return list(shares)
 
-    def hand_in(share: Any) -> list[Any]:
-        shares.append(share)
-        raise Gathering
+        return evaluate(generator, [str(shards)], settings, rank, ranks, gather)
 
-    for rank in range(ranks):
-        with pytest.raises(Gathering):
-            evaluate(generator, [str(shards)], settings, rank, ranks, hand_in)
-    return [
-        evaluate(generator, [str(shards)], settings, rank, ranks, lambda _: shares)
-        for rank in range(ranks)
-    ]
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
 
 
 # --- the blind control ---
-
-
-@given(st.lists(st.integers(0, 3), max_size=30))
-def test_pictures_are_exchanged_among_rows_with_as_many(image_counts: list[int]) -> None:
-    partners = exchange(image_counts)
-    sizes = Counter(image_counts)
-    for row, (count, partner) in enumerate(zip(image_counts, partners, strict=True)):
-        if count == 0 or sizes[count] == 1:
-            assert partner is None
-        else:
-            assert partner is not None and partner != row
-            assert image_counts[partner] == count
-    given_away = [partner for partner in partners if partner is not None]
-    assert len(given_away) == len(set(given_away)), "each row's pictures are shown once"
-
-
-def test_a_blind_prompt_is_the_question_about_another_canvas(shapes: list[Sample]) -> None:
-    """Pictures of other shapes fill other numbers of positions; the words stay as they are."""
-    for sample, donor in product(shapes, shapes):
-        prompt = blind_prompt(sample, donor, CROP, SIDE)
-        words = sample.prompt_ids[sample.prompt_ids >= 0]
-        assert np.array_equal(prompt.ids[prompt.ids >= 0], words)
-        assert (prompt.ids == -1).sum() == image_tokens(grid_of(*donor.images[0].size, CROP), SIDE)
-        assert prompt.images == donor.images
-        assert prompt.ids.dtype == sample.prompt_ids.dtype
-
-
-def test_each_of_several_pictures_gets_its_own_number_of_positions(shapes: list[Sample]) -> None:
-    ids = np.array([1, 7, -1, -1, 1, 8, -2, 1, 9], dtype=np.int32)
-    images = (*shapes[0].images, *shapes[1].images)
-    first, second = (image_tokens(grid_of(*image.size, CROP), SIDE) for image in images)
-    assert first != second
-    found = with_images(ids, images, CROP, SIDE)
-    assert found.tolist() == [1, 7, *[-1] * first, 1, 8, *[-2] * second, 1, 9]
-
-
-def test_a_prompt_has_the_pictures_of_its_own_turns(held_out: Dataset) -> None:
-    sample = held_out[0]
-    asked = prompt_of(sample)
-    assert np.array_equal(asked.ids, sample.input_ids[: sample.meta["prompt_length"]])
-    assert len(asked.images) == 1
-    late = Sample(
-        sample.id,
-        np.concatenate([asked.ids, [5], -2 * np.ones(9, np.int32)]).astype(np.int32),
-        sample.labels,
-        sample.images * 2,
-        sample.meta,
-    )
-    assert len(prompt_of(late).images) == 1, "a picture behind the prompt is not shown"
 
 
 def test_blind_answers_are_those_to_the_partners_picture(
@@ -174,20 +127,32 @@ def test_without_the_blind_control_nothing_is_asked_twice(
 # --- the whole ---
 
 
-def test_two_ranks_find_what_one_finds(
-    generator: Generator, tiny_shards: Path, evaluation: Evaluation
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_finds_the_same(
+    generator: Generator,
+    tiny_shards: Path,
+    evaluation: Evaluation,
+    ranks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for found in on_ranks(generator, tiny_shards, SETTINGS, 2):
+    monkeypatch.setattr(losses, "PACK_TOKENS", 250)
+    assert 4 <= len(losses.cut_packs(evaluation.dataset, None)) < len(evaluation.dataset)
+    alone = losses.mean_loss(losses.sum_losses(Job(generator, evaluation.dataset, SETTINGS), None))
+    for found in on_ranks(generator, tiny_shards, SETTINGS, ranks):
         assert found.outcomes == evaluation.outcomes
         assert found.scores == evaluation.scores
-        assert found.loss == pytest.approx(evaluation.loss, rel=1e-12)  # the sum's order differs
+        assert (found.loss, found.loss_rows) == (alone, len(found.dataset))
 
 
-def test_a_rank_may_be_without_rows(generator: Generator, tiny_shards: Path) -> None:
-    settings = replace(SETTINGS, rows=1)
-    alone = evaluate(generator, [str(tiny_shards)], settings)
-    assert [len(e.outcomes) for e in on_ranks(generator, tiny_shards, settings, 2)] == [1, 1]
-    assert on_ranks(generator, tiny_shards, settings, 2)[1].scores == alone.scores
+def test_a_rank_may_have_only_text_or_nothing_at_all(
+    generator: Generator, mixed_shards: Path
+) -> None:
+    settings = EvalSection(split="train", rows=2, max_new_tokens=4)
+    alone = evaluate(generator, [str(mixed_shards)], settings)
+    assert [len(alone.dataset[o.row].images) for o in alone.outcomes] == [1, 0]
+    for found in on_ranks(generator, mixed_shards, settings, 3):
+        assert (found.outcomes, found.scores) == (alone.outcomes, alone.scores)
+        assert found.loss == alone.loss
 
 
 def test_a_rank_that_is_told_to_stop_ends_the_evaluation_of_all(
@@ -231,14 +196,20 @@ def test_more_rows_than_there_are_means_all(generator: Generator, tiny_shards: P
     assert [outcome.row for outcome in found.outcomes] == list(range(len(found.dataset)))
 
 
-def test_the_loss_is_the_mean_over_the_trained_tokens_of_all_rows(
-    generator: Generator, evaluation: Evaluation
+@pytest.mark.parametrize("loss_rows", [None, 5])
+def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_split(
+    generator: Generator, evaluation: Evaluation, tiny_shards: Path, loss_rows: int | None
 ) -> None:
     data = evaluation.dataset
-    pack = collate([data[outcome.row] for outcome in evaluation.outcomes])
+    if loss_rows is not None:
+        settings = EvalSection(rows=1, loss_rows=loss_rows, blind=False, max_new_tokens=1)
+        evaluation = evaluate(generator, [str(tiny_shards)], settings)
+    rows = np.linspace(0, len(data) - 1, loss_rows or len(data)).round().astype(int)
+    pack = collate([data[int(row)] for row in rows])
     with torch.inference_mode():
         total = generator.model(**model_inputs(pack, data.view_settings, torch.device("cpu")))
     assert evaluation.loss == pytest.approx(float(total) / pack.label_tokens, abs=TOLERANCE)
+    assert evaluation.loss_rows == len(rows)
 
 
 def test_unseen_metrics_count_the_rows_whose_value_is_new(
@@ -269,60 +240,103 @@ def test_a_question_is_shown_in_words(evaluation: Evaluation) -> None:
     }
 
 
-def test_examples_are_the_first_rows_with_their_pictures(evaluation: Evaluation) -> None:
-    right = replace(evaluation.outcomes[1], prediction=evaluation.outcomes[1].reference)
-    edited = replace(evaluation, outcomes=[evaluation.outcomes[0], right, *evaluation.outcomes[2:]])
-    assert len(edited.examples()) == 7
-    shown = edited.examples(3)
-    assert [example.is_right for example in shown] == [False, True, False]
-    for example, outcome in zip(shown, edited.outcomes, strict=False):
-        canvas = edited.dataset[outcome.row].images[0]
+def test_each_row_has_its_own_scores_and_the_worst_are_shown_first(
+    generator: Generator, tiny_shards: Path, held_out: Dataset
+) -> None:
+    settings = replace(SETTINGS, metrics=("parse_rate", "price_mape", "exact_match"))
+    right = [held_out[0], held_out[6]]
+    found = evaluate(knowing(generator, right), [str(tiny_shards)], settings)
+    good = [outcome.row for outcome in found.outcomes if outcome.is_right]
+    assert good and len(good) < len(found.outcomes)
+    for outcome in found.outcomes:
+        is_good = float(outcome.row in good)
+        own = {"parse_rate": is_good, "price_mape": 1 - is_good, "exact_match": is_good}
+        assert outcome.scores == own
+    shown = found.examples()
+    assert [example.is_right for example in shown] == [False] * (7 - len(good)) + [True] * len(good)
+    order = sorted(found.outcomes, key=lambda outcome: (outcome.row in good, outcome.row))
+    for example, outcome in zip(shown, order, strict=True):
+        canvas = held_out[outcome.row].images[0]
         assert example.image is not None and np.array_equal(example.image, canvas.pixels)
-        for name in ("prompt", "reference", "prediction", "blind"):
+        for name in ("id", "prompt", "reference", "prediction", "blind", "scores"):
             assert getattr(example, name) == getattr(outcome, name)
+    assert [example.id for example in found.examples(3)] == [o.id for o in order[:3]]
+
+
+def test_the_worst_have_the_largest_error_and_rows_without_a_value_come_last(
+    evaluation: Evaluation,
+) -> None:
+    values = (0.5, None, 2.0, 1.0)
+    outcomes = [
+        replace(outcome, scores={"price_mae": value, "exact_match": 0.0})
+        for outcome, value in zip(evaluation.outcomes, values, strict=False)
+    ]
+    shown = replace(evaluation, outcomes=outcomes).examples()
+    assert [example.scores["price_mae"] for example in shown] == [2.0, 1.0, 0.5, None]
+
+
+def test_any_accepted_answer_of_a_row_is_right(
+    generator: Generator, mixed_shards: Path, tmp_path: Path
+) -> None:
+    text = [s for s in Dataset(mixed_shards, "train") if not s.images][:2]
+    known = [replace(s, meta=s.meta | {"references": ["no", s.meta["reference"]]}) for s in text]
+    write_samples(tmp_path, known, "validation")
+    found = evaluate(knowing(generator, text[:1]), [str(tmp_path)], EvalSection())
+    assert [outcome.references for outcome in found.outcomes] == [
+        tuple(sample.meta["references"]) for sample in known
+    ]
+    assert [outcome.is_right for outcome in found.outcomes] == [True, False]
+    assert found.scores["exact_match"].value == 0.5
+
+
+def test_teacher_forced_answers_are_made_only_for_their_metric(
+    generator: Generator, tiny_shards: Path, evaluation: Evaluation
+) -> None:
+    assert all(outcome.teacher_forced is None for outcome in evaluation.outcomes)
+    names = ("teacher_forced_price_error",)
+    settings = replace(SETTINGS, rows=2, metrics=names)
+    found = evaluate(generator, [str(tiny_shards)], settings)
+    assert all(outcome.teacher_forced for outcome in found.outcomes)
+    assert found.scores["teacher_forced_price_error"].n == 2
+    assert "blind_teacher_forced_price_error" not in found.scores, "it is not asked blind"
+
+
+# --- the time box ---
+
+
+def test_when_the_time_is_up_no_further_batch_begins(
+    generator: Generator,
+    tiny_shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each rank does its first pack and its first batch, and the rest is counted and said."""
+    monkeypatch.setattr(losses, "PACK_TOKENS", 250)
+    settings = replace(SETTINGS, max_seconds=1e-9, batch_rows=2)
+    for found in on_ranks(generator, tiny_shards, settings, 2):
+        assert (len(found.outcomes), found.unanswered) == (4, 3)
+        assert all(outcome.blind is not None for outcome in found.outcomes)
+        assert {score.n for name, score in found.scores.items() if "unseen" not in name} == {4}
+        assert 0 < found.loss_rows < len(found.dataset)
+    said = [line for line in capsys.readouterr().err.splitlines() if "max_seconds" in line]
+    assert said == [
+        "eval.max_seconds=1e-09 ended the evaluation: 4 of 7 rows are answered, the loss is over "
+        f"{found.loss_rows} of 14; raise it, or lower eval.rows and eval.loss_rows"
+    ]
+
+
+def test_time_enough_changes_nothing(
+    generator: Generator,
+    tiny_shards: Path,
+    evaluation: Evaluation,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = evaluate(generator, [str(tiny_shards)], replace(SETTINGS, max_seconds=1e4))
+    assert replace(found, dataset=evaluation.dataset) == evaluation
+    assert "max_seconds" not in capsys.readouterr().err
 
 
 def test_an_example_without_a_picture_has_none(generator: Generator, mixed_shards: Path) -> None:
     settings = EvalSection(split="train", rows=8, max_new_tokens=1, blind=False)
     shown = evaluate(generator, [str(mixed_shards)], settings).examples()
     assert {example.image is None for example in shown} == {True, False}
-
-
-# --- what cannot be evaluated ---
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"rows": 0}, "eval.rows is 0, so there is nothing to evaluate; set it above 0"),
-        ({"metrics": ("bleu",)}, "eval.metrics has 'bleu', but without a pattern the known names"),
-        (
-            {"metrics": ("a_mape",), "pattern": "{a}"},
-            "eval.metrics has 'a_mape', which the pattern",
-        ),
-        ({"pattern": "no field"}, "eval.pattern 'no field' has no field; "),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_before_anything_is_asked(
-    tiny_shards: Path, values: dict[str, Any], message: str
-) -> None:
-    for attempt in (open_held_out, lambda *a: evaluate(None, *a)):  # no model is needed to refuse
-        with pytest.raises(ConfigError) as caught:
-            attempt([str(tiny_shards)], EvalSection(**values))
-        assert str(caught.value).startswith(message)
-
-
-def test_an_empty_split_is_refused(catalogue: Path, tiny_model: Path, tmp_path: Path) -> None:
-    recipe = product_recipe(catalogue, tiny_model, tmp_path / "shards", split={"validation": 1e-12})
-    prepare(recipe)
-    with pytest.raises(ConfigError) as caught:
-        open_held_out([str(tmp_path / "shards")], EvalSection())
-    assert str(caught.value) == (
-        f"{tmp_path / 'shards'} has no rows in split 'validation'; prepare it with a larger "
-        "split.validation, or set eval.rows=0"
-    )
-
-
-def test_an_unknown_split_is_refused(tiny_shards: Path) -> None:
-    with pytest.raises(ShardError, match="has no split 'test', it has: train, validation; "):
-        open_held_out([str(tiny_shards)], EvalSection(split="test"))

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,76 +13,41 @@ import pytest
 from PIL import Image
 
 from phi3v.evaluation.charts import Curve, line_chart, short_number, smooth
-from phi3v.evaluation.report import Example, write_report
+from phi3v.evaluation.report import Example, Report, write_report
+from phi3v.evaluation.report.page import MOST_BYTES
+from tests.evaluation.reports import BARE, DATA, EXAMPLES, FULL, SUMMARY, evaluation, rate, step
 from tests.page import Page
 
-
-def step(number: int, **changes) -> dict:
-    line = {
-        "step": number,
-        "epoch": number / 10,
-        "loss": 8.0 / number,
-        "grad_norm": 1.0,
-        "lr": {"language": 1e-3 / number, "vision": 1e-3 / number},
-        "tokens_per_second": 5000.0 + number,
-        "step_seconds": 1.5,
-        "data_wait_seconds": 0.01,
-        "packing": 0.97,
-        "balance": 0.9,
-        "mfu": None,
-        "memory_gb": 3.0,
-    }
-    return line | changes
-
-
-def rate(value: float | None, low: float | None, high: float | None, n: int = 256) -> dict:
-    return {"value": value, "low": low, "high": high, "n": n}
-
-
-SUMMARY = {
-    "metrics": {
-        "category_accuracy": rate(0.9219, 0.8867, 0.9531),
-        "price_mape": rate(0.0812, 0.0641, 0.1011, 255),
-        "title_exact_match_unseen": rate(None, None, None, 0),
-        "blind_category_accuracy": rate(0.125, 0.0859, 0.168),
-    },
-    "totals": {"tokens": 8123456},
-    "seconds": 1523.25,
-    "export": "runs/<x>",
-}
-PICTURE = np.full((300, 400, 3), 128, dtype=np.uint8)
-EXAMPLES = [
-    Example(
-        PICTURE, "What is it?", "A bag & a <b>belt</b>", "A <script>x</script>", "A tie", False
-    ),
-    Example(None, "What is it?", "A tie", "A tie", None, True),
-]
-FACTS = {"model": "models/<tiny>"}
+SECTIONS = (
+    *("metrics", "evaluations", "training", "throughput", "examples", "data"),
+    *("checkpoints", "faults", "settings", "totals", "recipe"),
+)
 
 
 @pytest.fixture
 def render(tmp_path: Path):
-    def run(steps=(), summary=SUMMARY, examples=EXAMPLES, facts=FACTS) -> Page:
+    def run(steps=(), report: Report = BARE, **changes) -> Page:
         path = tmp_path / "report.html"
-        write_report(path, "products & more", list(steps), summary, examples, facts)
+        write_report(path, replace(report, steps=report.steps or list(steps), **changes))
         return Page(path.read_text(encoding="utf-8"))
 
     return run
 
 
 def test_the_page_needs_nothing_from_outside(render):
-    page = render([step(n) for n in range(1, 30)])
+    page = render(report=FULL)
     links = [a[key] for _, a in page.tags for key in ("src", "href", "srcset") if key in a]
-    assert links and all(link.startswith("data:image/jpeg;base64,") for link in links)
+    assert links and all(link.startswith(("data:image/jpeg;base64,", "#")) for link in links)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
     assert "url(" not in page.source and "@import" not in page.source
     assert "default-src 'none'" in page.source
 
 
 def test_everything_from_the_run_is_escaped(render):
-    page = render()
+    page = render(report=FULL)
     assert "<script" not in page.source and "<b>belt" not in page.source
-    for text in ("A <script>x</script>", "A bag & a <b>belt</b>", "models/<tiny>", "runs/<x>"):
+    texts = ("A <script>x</script>", "A bag & a <b>belt</b>", "models/<tiny>", "runs/<x>")
+    for text in (*texts, "row-<7>", "shards/<one>", "run: {out: <x>}"):
         assert text in page.text
     assert page.text.count("products & more") == 2  # title and heading
 
@@ -103,16 +69,20 @@ def test_a_blind_metric_without_its_partner_keeps_its_row(render):
 
 
 def test_a_metric_that_is_no_rate_is_shown_as_a_number(render):
-    text = render(summary={"metrics": {"loss": rate(1.23456, 1.2, 1.3)}}).text
+    text = render(summary={"metrics": {"price_mae": rate(1.23456, 1.2, 1.3)}}).text
     assert "1.235" in text and "123" not in text.replace("1.235", "")
+
+
+def charts(page: Page) -> list[str]:
+    return [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
 
 
 def test_there_is_one_chart_for_each_thing_measured(render):
     page = render([step(n) for n in range(1, 30)])
-    assert len(page.all("svg")) == 7  # no mfu
-    assert len(render([step(1, mfu=0.4)]).all("svg")) == 8
+    assert len(charts(page)) == 7  # neither mfu nor norms by module
+    assert len(charts(render([step(1, mfu=0.4, grad_norms={"head": 1.0})]))) == 9
     bare = [{"step": n, "epoch": 0, "loss": 1.0, "grad_norm": None} for n in (1, 2)]
-    assert [svg["aria-label"] for svg in render(bare).all("svg")] == ["Loss by step"]
+    assert charts(render(bare)) == ["Loss by step"]
 
 
 def test_identical_learning_rates_share_one_curve(render):
@@ -133,10 +103,109 @@ def test_pictures_are_small_jpegs_and_answers_are_marked_in_words(render):
 
 
 def test_a_shared_prompt_is_shown_once_and_others_with_their_row(render):
-    assert render().text.count("What is it?") == 1
-    other = Example(None, "And this?", "x", "y", None, False)
+    text = render().text
+    assert text.count("What is it?") == 1 and "<|" not in text.replace("<|image|>", "")
+    other = Example(
+        None,
+        "<|user|>\nAnd?<|end|>\n<|assistant|>\nSo.<|end|>\n<|user|>\nYes?",
+        "x",
+        "y",
+        None,
+        False,
+    )
     text = render(examples=[*EXAMPLES, other]).text
-    assert text.count("What is it?") == 2 and text.count("And this?") == 1
+    assert text.count("What is it?") == 2
+    assert text.count(other.prompt) == 1, "of several turns the template tells who speaks"
+
+
+def test_a_row_has_its_id_and_its_scores(render):
+    text = render().text
+    for shown in ("row-<7>", "title_similarity 12.5%", "price_mae 1,234"):
+        assert shown in text
+    assert text.count("price_mape") == 1, "only in the table of metrics, for the row has no value"
+
+
+def test_every_section_is_there_in_order_and_linked(render):
+    page = render(report=replace(FULL, summary=SUMMARY | {"throughput": {"steps": 3}}))
+    assert tuple(section["id"] for section in page.all("section")) == SECTIONS
+    assert tuple(link["href"] for link in page.all("a")) == tuple(f"#{n}" for n in SECTIONS)
+
+
+def test_evaluations_are_drawn_with_interval_and_blind_control(render):
+    page = render(report=FULL)
+    assert charts(page)[:2] == [
+        "Held-out loss (lower is better) by step",
+        "exact_match (higher is better) by step",
+    ]
+    figure = page.source.split("<figure>")[2]
+    assert figure.count("<polyline") == 2 and figure.count(" span") == 2
+    assert "held-out</span>" in figure and "blind control</span>" in figure
+
+
+def test_an_evaluation_without_a_score_has_no_point(render):
+    lines = [evaluation(10, 0.25), evaluation(20, 0.5, exact_match=rate(None, None, None, 0))]
+    figure = render(evaluations=lines).source.split("<figure>")[2]
+    assert figure.count("<circle") == 1 and figure.count("<polyline") == 1
+
+
+def test_the_data_is_told_by_dataset_and_split(render):
+    page = render(report=FULL)
+    for shown in ("2,700", "187,001", "2,711", "20,801"):
+        assert shown in page.text
+    rejected = "12 rows were rejected: image cannot be read (9), too many tokens (3)."
+    assert rejected in page.text
+    assert "64 to 71: 9 samples" in page.text and "72 to 79: 0 samples" in page.text
+    assert len([name for name in charts(page) if "samples by tokens" in name]) == 1
+
+
+def test_checkpoints_and_faults_are_listed(render):
+    text = render(report=FULL).text
+    for shown in ("2026-11-21T21:00:00Z", "50.123", "latest, best"):
+        assert shown in text
+    for shown in ("the loss is not finite", "back to 5", "2 steps are left out"):
+        assert shown in text
+
+
+def test_a_long_list_shows_its_newest_lines_and_says_so(render):
+    faults = [{"step": n, "reason": f"reason {n};", "loss": 9.0} for n in range(1, 91)]
+    text = render(faults=faults).text
+    assert "40 earlier lines are left out" in text
+    assert "reason 41;" in text and "reason 40;" not in text
+
+
+def test_the_page_says_when_it_was_written_in_utc(render):
+    assert re.search(r"Written 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", render().text)
+
+
+def test_the_page_of_a_huge_run_stays_small(render, tmp_path):
+    """20,000 steps, 500 evaluations of 12 metrics, and pictures, answers and a recipe at worst."""
+    noise = np.random.default_rng(0).integers(0, 256, (1344, 1344, 3), dtype=np.uint8)
+    worst = Example(noise, "p" * 10**6, "&" * 10**6, "x" * 10**6, "y" * 10**6, False)
+    names = ("exact_match", "anls", "rouge_l", "bleu", "accuracy", "relaxed_accuracy")
+    scores = {f"{blind}{n}": rate(0.5, 0.4, 0.6) for n in names for blind in ("", "blind_")}
+    modules = ("vision", "projector", "embedding", "language", "head")
+    wave = [1.0 + math.sin(n) for n in range(20_000)]
+    norms = [{name: value for name in modules} for value in wave]
+    render(
+        steps=[step(n + 1, loss=x, mfu=x, grad_norms=norms[n]) for n, x in enumerate(wave)],
+        examples=[worst] * 500,
+        evaluations=[{"step": n, "loss": 1.0 + n % 7, "metrics": scores} for n in range(500)],
+        data=[DATA] * 100,
+        checkpoints=FULL.checkpoints * 100,
+        files={"config.yaml": "&" * 10**6},
+    )
+    size = (tmp_path / "report.html").stat().st_size
+    assert size < MOST_BYTES
+
+
+def test_small_learning_rates_have_short_ticks():
+    chart = line_chart("Rate", [Curve("lr", [(1, 0.0), (2, 1e-3)])])
+    assert ">2e-4<" in chart and ">10e-4<" in chart and ">0<" in chart
+
+
+def test_an_axis_of_shares_ends_at_all_of_them():
+    chart = line_chart("Rate", [Curve("x", [(1, 1.0), (2, 1.0)])], is_percent=True)
+    assert ">100%<" in chart and ">105%<" not in chart
 
 
 def test_the_blind_column_is_left_out_where_nothing_was_asked_blind(render):
@@ -169,7 +238,7 @@ def test_the_throughput_is_told_without_what_was_not_measured(render):
 
 
 def test_a_run_without_anything_still_gives_a_page(render):
-    page = render(steps=[], summary={}, examples=[], facts={})
+    page = render(report=Report(title="products & more"))
     assert not page.all("svg") and not page.all("table") and "products & more" in page.text
 
 

@@ -1,6 +1,7 @@
 """One line that lives on a terminal, a line now and then in a log, and silence elsewhere."""
 
 import fcntl
+import io
 import pty
 import struct
 import sys
@@ -10,9 +11,11 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from phi3v.training import console
-from phi3v.training.console import Console, describe
+from phi3v.training.console import Console, describe, describe_evaluation, say
+from phi3v.training.ranks import _set_defaults
 
 Clock = Callable[[float], None]
 
@@ -106,6 +109,18 @@ def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_evaluation_is_one_line_of_its_first_metrics() -> None:
+    score = {"value": 0.61, "low": 0.55, "high": 0.67, "n": 256}
+    none = {"value": None, "low": None, "high": None, "n": 0}
+    error = {"value": 12.5, "low": 10.25, "high": 15.0, "n": 256}
+    found = {"anls": score, "price_mae": error, "bleu_unseen": none, "accuracy": score}
+    found["blind_anls"] = score | {"value": 0.125}
+    assert describe_evaluation(120, 1.30958, found) == (
+        "evaluation at step 120: loss 1.310, anls 61.0% (55.0% to 67.0%, blind 12.5%), "
+        "price_mae 12.5 (10.25 to 15), bleu_unseen has no rows"
+    )
+
+
 def on_terminal(show: Callable[[], None], monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
     """What appears on a real terminal while `show` runs: a few lines, which its buffer holds."""
     reading, writing = pty.openpty()
@@ -135,6 +150,18 @@ def test_a_terminal_has_one_line_that_changes(wait: Clock, monkeypatch: pytest.M
     assert rest == ["afterwards", ""]
 
 
+def test_a_line_that_is_said_stands_above_the_live_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def show() -> None:
+        shown = Console(1000, 998, is_first=True)
+        shown.step(metrics(999))
+        say("evaluation at step 999")
+        shown.close()
+
+    *_, said, live, end = on_terminal(show, monkeypatch, columns=120).split("\r\n")
+    assert said.split("\r")[-1] == "evaluation at step 999"
+    assert live.split("\r")[-1].startswith("step 999/1000") and end == ""
+
+
 def test_a_narrow_terminal_keeps_to_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def show() -> None:
         shown = Console(1000, 0, is_first=True)
@@ -154,3 +181,21 @@ def test_other_ranks_leave_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> 
         print("end", end="", file=sys.stderr)
 
     assert on_terminal(show, monkeypatch, columns=80) == "end"
+
+
+def test_bars_of_transformers_are_off_in_a_log_and_on_other_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def show() -> None:
+        for rank in ("0", "1"):
+            enable_progress_bar()
+            monkeypatch.setenv("RANK", rank)
+            _set_defaults()
+            print(is_progress_bar_enabled(), file=sys.stderr)
+
+    assert on_terminal(show, monkeypatch, columns=80).split() == ["True", "False"]
+    enable_progress_bar()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    _set_defaults()
+    assert not is_progress_bar_enabled()

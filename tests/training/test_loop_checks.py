@@ -60,8 +60,14 @@ def test_whole_epochs_are_as_many_steps_as_their_packs_fill(values: dict[str, An
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("eval.metrics=[bleu]", "eval.metrics has 'bleu', but without a pattern the known names"),
-        ("eval={pattern: '{a}', metrics: [a_mape]}", "eval.metrics has 'a_mape', which the patte"),
+        (
+            "eval.metrics=[blue]",
+            "eval.metrics has 'blue', which is no metric; did you mean 'bleu'?",
+        ),
+        (
+            "eval={pattern: '{a}', metrics: [a_mape]}",
+            "eval.metrics has 'a_mape', which needs a num",
+        ),
         ("eval.pattern='{a'", "eval.pattern '{a' has unbalanced braces"),
     ],
 )

@@ -1,14 +1,25 @@
 """What a run leaves for people says how fast it was, however often it stopped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepspeed
-from phi3v.training.results import best_scores, throughput, write_results
+from phi3v.data import Dataset
+from phi3v.evaluation.evaluate import Evaluation
+from phi3v.evaluation.metrics import Score
+from phi3v.evaluation.outcomes import Outcome
+from phi3v.evaluation.report import Saved
+from phi3v.training import results
+from phi3v.training.checkpoints.store import publish
+from phi3v.training.opening import describe_data
+from phi3v.training.results import best_scores, saved, throughput, write_results
 from phi3v.training.run_folder import RunFolder
+from tests.page import Page
+from tests.training.saved import save_partial
 
 
 def step(number: int, seconds: float = 2.0, **changes: Any) -> dict[str, Any]:
@@ -86,7 +97,9 @@ def test_lines_of_a_run_that_was_started_before_steps_were_marked_all_count() ->
     assert throughput(lines)["steps"] == 2
 
 
-def test_summary_and_report_tell_the_throughput_and_every_dataset(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[RunFolder, RunConfig]:
+    """A run of three steps on two datasets, just begun."""
     values = {
         "run": {"out": str(tmp_path)},
         "model": {"path": "models/tiny"},
@@ -97,25 +110,104 @@ def test_summary_and_report_tell_the_throughput_and_every_dataset(tmp_path: Path
     cfg = build_recipe(RunConfig, values, Path("run.yaml"), ())
     folder, ds = RunFolder(tmp_path), load_deepspeed(default_deepspeed(has_cuda=False), 2)
     folder.write_origin(cfg, ds, {"samples": 12, "fingerprint": "abc"}, world_size=2)
-    lines = [step(number) for number in (1, 2, 3)]
-    for line in lines:
-        folder.add_metrics(line)
+    for number in (1, 2, 3):
+        folder.add_metrics(step(number))
+    return folder, cfg
+
+
+def test_summary_and_report_tell_the_throughput_and_every_dataset(
+    run: tuple[RunFolder, RunConfig],
+) -> None:
+    folder, cfg = run
     write_results(folder, cfg, None, step=3, is_finished=True)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["throughput"] == throughput(lines)
-    report = (tmp_path / "report.html").read_text()
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert summary["throughput"] == throughput([step(number) for number in (1, 2, 3)])
+    report = (folder.path / "report.html").read_text()
     assert "<h2>Throughput</h2>" in report and "<td>50</td>" in report  # tokens per second
     assert "shards/one, shards/two x 0.25 (12 samples, abc)" in report
 
 
+def test_an_evaluation_is_in_the_report_the_answers_and_a_line(
+    run: tuple[RunFolder, RunConfig], tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, cfg = run
+    dataset = Dataset(tiny_shards, "validation")
+    told = Outcome(0, "r<1>", "What?", "A hat", "A cat", None, scores={"anls": 0.8})
+    scores = {"anls": Score(0.8, 0.75, 0.85, 1), "blind_anls": Score(0.1, 0.0, 0.2, 1)}
+    evaluation = Evaluation(scores, 1.25, [told], dataset)
+    folder.add_evaluation(2, loss=evaluation.loss, metrics=evaluation.metrics())
+    write_results(folder, cfg, evaluation, step=2, is_finished=False)
+    line = "evaluation at step 2: loss 1.250, anls 80.0% (75.0% to 85.0%, blind 10.0%)\n"
+    assert capsys.readouterr().err == line
+    (answer,) = (folder.path / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(answer)["scores"] == {"anls": 0.8}
+    report = Page((folder.path / "report.html").read_text())
+    for shown in ("anls (higher is better)", "r<1>", "A cat", "75.0%", "config.yaml", "max_steps"):
+        assert shown in report.text
+
+
+def test_data_json_tells_the_folders_splits_and_how_long_samples_are(tiny_shards: Path) -> None:
+    (folder,) = describe_data(Dataset(tiny_shards, "train"))["datasets"]
+    train, held_out = folder["splits"]["train"], folder["splits"]["validation"]
+    assert train["samples"] + held_out["samples"] == 120
+    assert train["images"] == train["samples"] == sum(n for _, n in train["histogram"])
+    assert folder["rejected"]["count"] == 0
+
+
+def test_the_report_names_checkpoints_that_are_there_whole_or_not(
+    run: tuple[RunFolder, RunConfig],
+) -> None:
+    folder, cfg = run
+    for number in (1, 2, 3):
+        save_partial(folder.checkpoints, number, saved_at="2026-11-21T20:00:00.123456+00:00")
+        publish(folder.checkpoints, number)
+    (folder.checkpoints / "step-00000002" / "manifest.json").write_text("{}")
+    whole = Saved(1, "2026-11-21T20:00:00Z", 240)
+    assert saved(folder) == [
+        whole,
+        Saved(2, "", 0, ("damaged",)),
+        replace(whole, step=3, marks=("latest",)),
+    ]
+
+
+def test_a_run_is_finished_only_when_its_report_is_written(
+    run: tuple[RunFolder, RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(results, "write_report", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_results(*run, None, step=3, is_finished=True)
+    assert not (run[0].path / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     ("best", "order"),
-    [("loss", [8, 4]), ("exact_match", [4, 8]), ("price_mape", [8, 4]), ("other", []), (None, [])],
+    [
+        ("loss", [8, 4]),
+        ("exact_match", [4, 8]),
+        ("price_mape", [8, 4]),
+        ("price_mae", [8, 4]),
+        ("other", []),
+        (None, []),
+    ],
 )
 def test_the_best_step_has_the_highest_score(best: str | None, order: list[int]) -> None:
     def entry(step: int, loss: float, exact: float, error: float) -> dict[str, Any]:
-        values = {"exact_match": {"value": exact}, "price_mape": {"value": error}}
+        names = {"exact_match": exact, "price_mape": error, "price_mae": error}
+        values = {name: {"value": value} for name, value in names.items()}
         return {"step": step, "loss": loss, "metrics": values}
 
     scores = best_scores([entry(4, 2.0, 0.5, 0.3), entry(8, 1.0, 0.25, 0.1)], best)
     assert sorted(scores, key=lambda step: -scores[step]) == order
+
+
+def test_a_step_that_gave_no_number_is_not_the_best() -> None:
+    """A loss that is not finite, a metric without rows, a metric asked for only later."""
+    entries = [
+        {"step": 4, "loss": None, "metrics": {"anls": {"value": None}}},
+        {"step": 8, "loss": 3.0, "metrics": {}},
+    ]
+    assert best_scores(entries, "loss") == {8: -3.0}
+    assert best_scores(entries, "anls") == {}

@@ -227,7 +227,7 @@ def test_an_evaluation_that_was_repeated_counts_once(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.read_evaluations() == []
     for step, loss in ((4, 2.0), (8, 1.0), (8, 0.5)):
-        assert folder.add_evaluation(step, loss, {})["loss"] == loss
+        assert folder.add_evaluation(step, loss=loss, metrics={})["loss"] == loss
     assert [(e["step"], e["loss"]) for e in folder.read_evaluations()] == [(4, 2.0), (8, 0.5)]
 
 

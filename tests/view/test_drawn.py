@@ -3,13 +3,15 @@
 A colour may differ by 2 of 255 in each channel, for drawing with antialiasing rounds.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from phi3v.data import Dataset
-from tests.view.browser import Box, Drawn, draw, needs_chromium
+from tests.browser import Box, Browser, Drawn, needs_chromium, started
 from tests.view.conftest import BLUE, View
 
 pytestmark = [needs_chromium, pytest.mark.slow]
@@ -20,6 +22,23 @@ IMAGE_BAR, TEXT_BAR, TRAINED_BAR = (36, 89, 184), (93, 103, 116), (37, 128, 74)
 CUT, WHITE = (232, 89, 12), (255, 255, 255)
 
 
+Draw = Callable[..., Drawn]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with started() as browser:
+        yield browser
+        assert browser.requests == []
+        assert browser.complaints == []
+
+
+@pytest.fixture
+def draw(browser: Browser, tmp_path: Path) -> Draw:
+    """Draws the page that `view` has written."""
+    return partial(browser.draw, tmp_path / "view.html")
+
+
 def near(colour: tuple[int, ...], other: tuple[int, ...], tolerance: int = 2) -> bool:
     return max(abs(a - b) for a, b in zip(colour, other, strict=True)) <= tolerance
 
@@ -28,13 +47,11 @@ def shows(drawn: Drawn, box: Box, colour: tuple[int, ...]) -> bool:
     return any(near(found, colour) for found in drawn.colours(box))
 
 
-def test_trained_masked_control_and_image_tokens_have_their_colours(
-    view: View, tmp_path: Path
-) -> None:
+def test_trained_masked_control_and_image_tokens_have_their_colours(view: View, draw: Draw) -> None:
     view(ids=("square-1", "<i>1</i>"))
     sequence = "div.tokens "
     names = [sequence + name for name in (".trained", ".masked", ".image", ".masked b")]
-    drawn = draw(tmp_path / "view.html", tmp_path, names)
+    drawn = draw(names)
     trained, masked, image, control = (drawn.boxes[name] for name in names)
     assert [box.text.strip() for box in trained][0] == "a blue picture. a blue picture.<|end|>"
     assert len(trained) == 2 and len(image) == 1
@@ -51,10 +68,10 @@ def test_trained_masked_control_and_image_tokens_have_their_colours(
     ("name", "rows", "columns"), [("square-0", 2, 2), ("tall-0", 2, 1)], ids=["2x2", "2x1"]
 )
 def test_a_canvas_is_drawn_with_lines_between_its_crops(
-    view: View, tmp_path: Path, name: str, rows: int, columns: int
+    view: View, draw: Draw, name: str, rows: int, columns: int
 ) -> None:
     view(ids=(name,))
-    drawn = draw(tmp_path / "view.html", tmp_path, [".canvas svg", ".canvas img"])
+    drawn = draw([".canvas svg", ".canvas img"])
     (canvas,), (overview,) = drawn.boxes[".canvas svg"], drawn.boxes[".canvas img"]
     assert canvas.width / canvas.height == pytest.approx(columns / rows, rel=0.01)
     # Beside lines the other way: a tenth of a crop off the middle.
@@ -77,9 +94,9 @@ def has_cut(drawn: Drawn, x: float, y: float, is_flat: bool = False) -> bool:
     return any(near(colour, CUT) for colour in found)
 
 
-def test_the_padding_of_a_canvas_is_visible_within_its_outline(view: View, tmp_path: Path) -> None:
+def test_the_padding_of_a_canvas_is_visible_within_its_outline(view: View, draw: Draw) -> None:
     view(ids=("padded",))
-    drawn = draw(tmp_path / "view.html", tmp_path, [".canvas svg"])
+    drawn = draw([".canvas svg"])
     (canvas,) = drawn.boxes[".canvas svg"]
     x = canvas.x + 0.25 * canvas.width
     # 90 x 60 pixels become 112 x 74 of 112 x 112: 19 above and below are white.
@@ -88,10 +105,10 @@ def test_the_padding_of_a_canvas_is_visible_within_its_outline(view: View, tmp_p
     assert has_cut(drawn, x, canvas.y, is_flat=True)
 
 
-def test_bars_are_as_high_as_their_counts(view: View, tmp_path: Path, shards: Path) -> None:
+def test_bars_are_as_high_as_their_counts(view: View, draw: Draw, shards: Path) -> None:
     view(rows=1)
     name = 'svg[aria-label="Views per sample"] .bar'
-    drawn = draw(tmp_path / "view.html", tmp_path, [name])
+    drawn = draw([name])
     views = np.concatenate([Dataset(shards, split).views for split in ("train", "validation")])
     counts = np.bincount(views)
     bars = [box for box in drawn.boxes[name]]
@@ -104,13 +121,13 @@ def test_bars_are_as_high_as_their_counts(view: View, tmp_path: Path, shards: Pa
 
 
 def test_packs_are_as_long_as_their_tokens_with_parts_by_kind(
-    view: View, tmp_path: Path, shards: Path
+    view: View, draw: Draw, shards: Path
 ) -> None:
     train = Dataset(shards, "train")
     budget = int(train.tokens.sum() / 0.8)
     view(rows=1, max_tokens=budget, max_views=1000)
     names = [f"#packs svg .in-{kind}" for kind in ("image", "text", "trained")] + [".room"]
-    drawn = draw(tmp_path / "view.html", tmp_path, names)
+    drawn = draw(names)
     *parts, rooms = (drawn.boxes[name] for name in names)
     assert [len(boxes) for boxes in (*parts, rooms)] == [1, 1, 1, 1]
     (room,), ends = rooms, max(box.x + box.width for boxes in parts for box in boxes)
@@ -125,20 +142,20 @@ def test_packs_are_as_long_as_their_tokens_with_parts_by_kind(
         assert (kinds == kind).mean() == pytest.approx(tokens.sum() / train.tokens.sum(), abs=0.05)
 
 
-def test_nothing_sticks_out_on_a_phone(view: View, tmp_path: Path) -> None:
+def test_nothing_sticks_out_on_a_phone(view: View, draw: Draw) -> None:
     view(rows=20)
-    drawn = draw(tmp_path / "view.html", tmp_path, ["article", ".canvas svg"], width=390)
-    assert drawn.boxes["page"][0].width == 390
+    drawn = draw(["article", ".canvas svg"], width=390)
+    assert drawn.width == 390
     assert all(box.x + box.width <= 390 for name in drawn.boxes for box in drawn.boxes[name])
     assert len(drawn.boxes["article"]) == 20
 
 
 def test_in_the_dark_the_page_is_dark_and_tokens_keep_their_difference(
-    view: View, tmp_path: Path
+    view: View, draw: Draw
 ) -> None:
     view(ids=("square-1",))
     names = ["div.tokens .trained", "div.tokens .image"]
-    drawn = draw(tmp_path / "view.html", tmp_path, names, is_dark=True)
+    drawn = draw(names, is_dark=True)
     assert near(drawn.pixel(2, 2), DARK_PAGE)
     assert shows(drawn, drawn.boxes[names[0]][0], DARK_TRAINED)
     assert shows(drawn, drawn.boxes[names[1]][0], DARK_IMAGE)

@@ -1,0 +1,120 @@
+"""Held-out rows: which are taken, what each asks, and what it asks with the pictures exchanged."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from phi3v.config.running import EvalSection
+from phi3v.data import Dataset
+from phi3v.data.mixture import Mixture, open_datasets
+from phi3v.errors import ConfigError
+from phi3v.evaluation.generation import Prompt
+from phi3v.evaluation.metrics import Answer, Pattern, compile_pattern, find_metrics, row_scores
+from phi3v.evaluation.metrics.names import UNSEEN
+from phi3v.sample import Sample, with_images
+
+HeldOut = Dataset | Mixture
+
+
+def open_held_out(folders: Sequence[str], settings: EvalSection) -> HeldOut:
+    """Open the split to be answered, of the datasets that have it.
+
+    Call it before a run starts, to refuse early what cannot work.
+
+    Raises: ConfigError if there is nothing to answer, a metric does not fit the pattern, or the
+    pattern does not fit a reference; ShardError if no dataset has the split.
+    """
+    find_metrics(settings.metrics, pattern_of(settings))
+    if not settings.rows:
+        raise ConfigError("eval.rows is 0, so there is nothing to evaluate; set it above 0")
+    dataset = open_datasets(folders, settings.split, is_optional=True)
+    if not len(dataset):
+        raise ConfigError(
+            f"{', '.join(folders)} has no rows in split '{settings.split}'; prepare it with a "
+            "larger split.validation, or set eval.rows=0"
+        )
+    if _needs_train(settings):
+        open_datasets(folders, "train")
+    _check_references(dataset, settings)
+    return dataset
+
+
+def _check_references(dataset: HeldOut, settings: EvalSection) -> None:
+    """Score the references themselves: one that the pattern cannot read is refused by that."""
+    pattern = pattern_of(settings)
+    if pattern is None:
+        return
+    samples = (dataset[row] for row in spread(len(dataset), settings.rows))
+    perfect = [Answer(s.id, s.meta["reference"], s.meta["reference"]) for s in samples]
+    row_scores(["parse_rate"], perfect, pattern)
+
+
+def pattern_of(settings: EvalSection) -> Pattern | None:
+    """What an answer looks like, if the recipe says so."""
+    return compile_pattern(settings.pattern) if settings.pattern else None
+
+
+def train_references(folders: Sequence[str], settings: EvalSection) -> frozenset[str]:
+    """The answers of the training split, if a metric asks which values are new."""
+    return _references_of(tuple(folders)) if _needs_train(settings) else frozenset()
+
+
+@cache
+def _references_of(folders: tuple[str, ...]) -> frozenset[str]:
+    """Kept: every evaluation of a run asks for them, and it takes a pass over the split."""
+    return frozenset(sample.meta["reference"] for sample in open_datasets(folders, "train"))
+
+
+def _needs_train(settings: EvalSection) -> bool:
+    return any(name.endswith(UNSEEN) for name in settings.metrics)
+
+
+def spread(total: int, count: int | None) -> list[int]:
+    """`count` of `total` rows, evenly spaced from the first to the last; all for None.
+
+    (10, 4) -> [0, 3, 6, 9]
+    """
+    chosen = total if count is None else min(count, total)
+    return [int(row) for row in np.linspace(0, total - 1, chosen).round()]
+
+
+def prompt_of(sample: Sample) -> Prompt:
+    """A sample's conversation up to its last answer."""
+    ids = sample.prompt_ids
+    return Prompt(ids, sample.images[: _images_in(ids)])
+
+
+def blind_prompt(sample: Sample, donor: Sample, crop_size: int, side: int) -> Prompt:
+    """The same question about another sample's pictures."""
+    ids = sample.prompt_ids
+    images = donor.images[: _images_in(ids)]
+    return Prompt(with_images(ids, images, crop_size, side), images)
+
+
+def exchange(image_counts: Sequence[int]) -> list[int | None]:
+    """Whose pictures each row gets: half way round among the rows with as many pictures.
+
+    [1, 1, 0, 1, 1] -> [3, 4, None, 0, 1]; None where there is no picture, or nobody to swap with.
+    """
+    partners: list[int | None] = [None] * len(image_counts)
+    for count in set(image_counts) - {0}:
+        rows = [row for row, c in enumerate(image_counts) if c == count]
+        if len(rows) > 1:
+            for place, row in enumerate(rows):
+                partners[row] = rows[(place + len(rows) // 2) % len(rows)]
+    return partners
+
+
+def question(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A prompt in words, each image as one <|image|>."""
+    ids = sample.prompt_ids
+    starts = np.flatnonzero((ids < 0) & (np.diff(ids, prepend=1) != 0))
+    image = tokenizer.convert_tokens_to_ids("<|image|>")
+    shown = np.where(ids < 0, image, ids)[(ids >= 0) | np.isin(np.arange(len(ids)), starts)]
+    return str(tokenizer.decode(shown.tolist()))
+
+
+def _images_in(ids: np.ndarray) -> int:
+    return int(max(0, -ids.min())) if len(ids) else 0

@@ -1,0 +1,79 @@
+"""A run's figures in words, with their units."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from phi3v.evaluation.metrics import is_rate
+
+MOST_CHARACTERS = 2000  # of one text; a page shows a few dozen of them
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3 min, 2 h 01 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def metric_value(name: str, value: float | None) -> str:
+    """A metric's value as it is read: a rate in percent."""
+    if value is None:
+        return "?"
+    return f"{100 * value:,.1f}%" if is_rate(name) else f"{value:,.4g}"
+
+
+def loss_value(loss: float | None, digits: int = 3) -> str:
+    """A loss as it is read; None stands for one that is not finite."""
+    return "not finite" if loss is None else f"{loss:.{digits}f}"
+
+
+def shortened(text: str) -> str:
+    """The start of a text that would make the page too large."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]} ... ({len(text):,} characters)"
+
+
+_FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("steps", "steps", "{:,}".format),
+    ("warmup_steps", "steps left out (a process's first: kernels compile)", "{:,}".format),
+    ("samples", "samples", "{:,}".format),
+    ("tokens", "tokens", "{:,}".format),
+    ("seconds", "time", duration),
+    ("tokens_per_second", "tokens per second", "{:,.0f}".format),
+    ("views_per_second", "views per second", "{:,.1f}".format),
+    ("mfu", "model FLOPs utilisation", "{:.1%}".format),
+    ("packing", "packing: real tokens over budget", "{:.1%}".format),
+    ("balance", "balance: mean over max cost of the ranks", "{:.1%}".format),
+    ("data_wait", "waiting for data", "{:.2%}".format),
+    ("memory_gb", "peak memory, GB", "{:,.1f}".format),
+)
+
+
+def throughput_facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The rates under `throughput`; what is null or absent is left out."""
+    figures = summary.get("throughput") or {}
+    return {
+        label: text(value)
+        for name, label, text in _FIGURES
+        if (value := figures.get(name)) is not None
+    }
+
+
+def totals_facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What summary.json says in one value each, `totals` and `paths` first."""
+    entries = {**(summary.get("totals") or {}), **(summary.get("paths") or {}), **summary}
+    return {
+        name.replace("_", " "): _plain(value)
+        for name, value in entries.items()
+        if isinstance(value, str | int | float)
+    }
+
+
+def _plain(value: str | float) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    return f"{value:,}" if isinstance(value, int) else shortened(value)

@@ -1,0 +1,101 @@
+"""Two models on the same rows: what is said of their difference, and what is written down."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from phi3v.config.running import EvalSection
+from phi3v.data import Dataset
+from phi3v.evaluation.comparison import Comparison, compare_models, write_comparison
+from phi3v.evaluation.evaluate import Evaluation
+from phi3v.evaluation.metrics import Difference, score
+from phi3v.evaluation.outcomes import Outcome
+from phi3v.evaluation.table import difference_table
+
+SETTINGS = EvalSection(metrics=("exact_match",))
+ROWS = 40
+
+
+@pytest.fixture
+def dataset(tiny_shards: Path) -> Dataset:
+    return Dataset(tiny_shards, "validation")
+
+
+def answered(dataset: Dataset, num_right: int, loss: float | None = 1.0) -> Evaluation:
+    """A model that is right in its first rows."""
+    outcomes = [
+        Outcome(row, f"r{row}", "What?", "cat", "cat" if row < num_right else "dog", None)
+        for row in range(ROWS)
+    ]
+    scores = score(SETTINGS.metrics, [outcome.answer for outcome in outcomes], None)
+    return Evaluation(scores, loss, outcomes, dataset, loss_rows=ROWS)
+
+
+def test_each_model_is_tested_against_the_first(dataset: Dataset) -> None:
+    models = {name: answered(dataset, n) for name, n in (("a", 10), ("b", 30), ("c", 10))}
+    pairs = compare_models(models, [], SETTINGS)
+    assert [(pair.first, pair.other) for pair in pairs] == [("a", "b"), ("a", "c")]
+    assert pairs[0].verdict("exact_match") == "b is better"
+    assert pairs[0].differences["exact_match"].value == 0.5
+    assert pairs[1].verdict("exact_match") == "no difference seen"
+    (back,) = compare_models({name: models[name] for name in "ba"}, [], SETTINGS)
+    assert back.verdict("exact_match") == "b is better"
+
+
+def test_only_rows_that_both_have_answered_are_compared(dataset: Dataset) -> None:
+    """Where one was right in other rows, those do not count."""
+    a, b = answered(dataset, 20), answered(dataset, 20)
+    a, b = replace(a, outcomes=a.outcomes[15:]), replace(b, outcomes=b.outcomes[:35])
+    (pair,) = compare_models({"a": a, "b": b}, [], SETTINGS)
+    found = pair.differences["exact_match"]
+    assert (found.value, found.n) == (0.0, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "difference", "verdict"),
+    [
+        ("exact_match", Difference(-0.2, -0.3, -0.1, 0.001, 50), "a is better"),
+        ("price_mae", Difference(-0.2, -0.3, -0.1, 0.001, 50), "b is better"),
+        ("price_mape_unseen", Difference(0.2, 0.1, 0.3, 0.049, 50), "a is better"),
+        ("exact_match", Difference(0.2, 0.0, 0.4, 0.05, 50), "no difference seen"),
+        ("exact_match", Difference(None, None, None, None, 0), "no rows"),
+    ],
+)
+def test_a_difference_is_called_one_if_chance_would_rarely_make_it(
+    name: str, difference: Difference, verdict: str
+) -> None:
+    assert Comparison("a", "b", {name: difference}).verdict(name) == verdict
+
+
+def test_differences_are_shown_with_their_interval_p_and_what_they_say() -> None:
+    differences = {
+        "exact_match": Difference(0.4, 0.25, 0.55, 0.0001, 40),
+        "anls_unseen": Difference(None, None, None, None, 0),
+    }
+    assert difference_table(Comparison("models/base", "runs/demo", differences)).splitlines() == [
+        "runs/demo - models/base   difference",
+        "exact_match               +0.400 [+0.250, +0.550] n=40   p=0.0001   runs/demo is better",
+        "anls_unseen               no rows",
+    ]
+
+
+def test_the_file_holds_settings_scores_answers_and_differences(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    models = {"a": answered(dataset, 10), "b": answered(dataset, 30, loss=None)}
+    pairs = compare_models(models, [], SETTINGS)
+    write_comparison(tmp_path / "out.json", models, pairs, ["shards"], SETTINGS)
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert (found["shards"], found["eval"]["metrics"]) == (["shards"], ["exact_match"])
+    assert found["models"]["a"]["metrics"]["exact_match"]["value"] == 0.25
+    assert [found["models"][name]["loss"] for name in "ab"] == [1.0, None]
+    answers = found["models"]["b"]["answers"]
+    assert [answer["row"] for answer in answers] == list(range(ROWS))
+    assert answers[39] | {"prediction": "dog", "reference": "cat"} == answers[39]
+    (pair,) = found["comparisons"]
+    assert (pair["first"], pair["other"]) == ("a", "b")
+    difference = pair["differences"]["exact_match"]
+    assert (difference["value"], difference["n"]) == (0.5, ROWS)
+    assert difference["verdict"] == "b is better" and difference["low"] <= 0.5
