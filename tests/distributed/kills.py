@@ -100,7 +100,7 @@ def survive(
             process = start(*command(kill.launcher), cwd=folder.parent, **own)
             started.append(process)
             if kill.moment == "start-up":
-                time.sleep(chance.uniform(0, start_seconds))
+                wait_within(chance.uniform(0, start_seconds), folder)
             else:
                 assert_gone(marks[: len(hits)])  # what is seen next is this start's doing
                 wait_until(moment(kill.moment, folder, chance, began), process)
@@ -149,6 +149,13 @@ def wait_until(has_come: Callable[[], bool], process: subprocess.Popen[str]) -> 
     while not has_come():
         assert process.poll() is None, f"the start ended by itself, exit code {process.returncode}"
         assert time.monotonic() < deadline, "the moment of the kill did not come"
+        time.sleep(POLL_SECONDS)
+
+
+def wait_within(seconds: float, folder: Path) -> None:
+    """Wait, but no longer than to the next step: a start may be faster than the measured one."""
+    end, steps = time.monotonic() + seconds, count_steps(folder)
+    while time.monotonic() < end and count_steps(folder) <= steps:
         time.sleep(POLL_SECONDS)
 
 

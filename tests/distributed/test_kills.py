@@ -133,14 +133,17 @@ def test_a_run_killed_while_it_is_converted_goes_on_with_the_same_samples(
     found, expected = steps_and_values(folder), steps_and_values(whole)
     assert [line[0] for line in found] == list(range(1, STEPS + 1))
     for line, other in zip(found, expected, strict=True):
-        assert line == pytest.approx(other, rel=TOLERANCE)
+        assert line[:3] == pytest.approx(other[:3], rel=TOLERANCE)
     hidden = [path.name for path in folder.glob("checkpoints/.*")]
     assert hidden == [f".{step_name(CONVERTED)}.universal"]
     assert_intact(folder)
 
 
-def steps_and_values(folder: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(folder)]
+def steps_and_values(folder: Path) -> list[tuple[float, ...]]:
+    return [
+        (line["step"], line["loss"], line["grad_norm"], *line["grad_norms"].values())
+        for line in metrics(folder)
+    ]
 
 
 def files(folder: Path) -> list[str]:
