@@ -1,6 +1,10 @@
 """Export a checkpoint of a run as a Hugging Face folder.
 
-python launch/export.py RUN --out DIR [--step N] [--dtype bf16|fp32]
+    python launch/export.py RUN --out DIR [--step N] [--dtype bf16|fp32]
+                            [--push OWNER/NAME [--private]]     then upload it to the hub
+    python launch/export.py RUN --out DIR --llama-cpp           the text half, for its converter
+
+The folder is verified before it gets its name: every tensor, and the answer to a prompt.
 """
 
 import argparse
@@ -10,6 +14,23 @@ from phi3v.training.ranks import run_command, set_environment
 
 
 def main() -> None:
+    arguments = parse()
+    set_environment()
+    # DeepSpeed reads its environment when it is imported.
+    from phi3v.export import export
+    from phi3v.export.push import Repository
+
+    out, repository = arguments.out, None
+    if arguments.push:
+        repository = Repository(arguments.push, arguments.private)
+        repository.check(arguments.run)
+    export(arguments.run, out, arguments.step, arguments.dtype, arguments.llama_cpp)
+    print(f"exported and verified: {out}", flush=True)
+    if repository:
+        print(f"pushed: {repository.push(out)}")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -17,13 +38,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--step", type=int, help="default: the newest checkpoint")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the base model's")
+    parser.add_argument("--llama-cpp", action="store_true", help="the language model alone")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository")
+    parser.add_argument("--private", action="store_true", help="if --push creates it")
     arguments = parser.parse_args()
-    set_environment()
-    # DeepSpeed reads its environment when it is imported.
-    from phi3v.export import export
-
-    export(arguments.run, arguments.out, arguments.step, arguments.dtype)
-    print(f"exported and verified: {arguments.out}")
+    if arguments.private and not arguments.push:
+        parser.error("--private says how --push creates a repository; add --push, or leave it out")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 import json
 import runpy
 import shutil
-import stat
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +11,18 @@ import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 import phi3v.export
-from phi3v.config import dump_yaml
+from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
-from phi3v.errors import CheckpointError, ConfigError, Phi3VError
-from phi3v.evaluation.ask import ask
-from phi3v.export import export, read_run
+from phi3v.errors import Phi3VError
+from phi3v.evaluation.ask import Asker
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.processing import Phi3VProcessor
 from tests.commands import LAUNCH, last_line, python, run
+from tests.export.runs import read, weights_of
 
 pytestmark = pytest.mark.slow
 
@@ -69,38 +66,13 @@ def exported(trained: Path) -> Path:
     return trained.parent / "exported"
 
 
-@pytest.fixture
-def base(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the base that a test may edit; `run_on` makes runs that start from it."""
-    shutil.copytree(tiny_model, tmp_path / "base")
-    return tmp_path / "base"
-
-
-def run_on(base: Path, trained: Path, out: Path) -> Path:
-    """The trained run, as if it had started from another copy of the base."""
-    cfg = read_run(trained)
-    out.mkdir()
-    (out / "checkpoints").symlink_to(trained / "checkpoints")
-    moved = replace(cfg, model=replace(cfg.model, path=str(base)))
-    (out / "config.yaml").write_text(dump_yaml(moved), encoding="utf-8")
-    return out
-
-
 def command(name: str, *arguments: object, cwd: Path) -> Any:
     return run(sys.executable, LAUNCH / name, *arguments, cwd=cwd)
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def checkpoint_weights(trained: Path, step: int) -> dict[str, Tensor]:
     folder = str(trained / "checkpoints")
     return dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag=f"step-{step:08d}"))
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- what the folder holds ---
@@ -136,49 +108,24 @@ def test_config_differs_from_the_bases_only_where_it_must(exported: Path, tiny_m
     assert read(exported / "config.json") == read(tiny_model / "config.json")
 
 
-def test_config_loses_what_belongs_to_another_place_or_machine(
-    base: Path, trained: Path, tmp_path: Path
-) -> None:
-    config = read(base / "config.json")
-    del config["dtype"]
-    published = {"torch_dtype": "float32", "_name_or_path": "x", "unknown_to_us": [1]}
-    attention = {"_attn_implementation": "flash_attention_2"}
-    (base / "config.json").write_text(json.dumps(config | published | attention))
-    export(run_on(base, trained, tmp_path / "run"), tmp_path / "out", dtype="bf16")
-    expected = config | {"torch_dtype": "bfloat16", "unknown_to_us": [1]}
-    assert read(tmp_path / "out" / "config.json") == expected
-    assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.bfloat16}
-
-
-def test_the_half_precision_export_is_the_rounded_checkpoint(trained: Path, tmp_path: Path) -> None:
-    export(trained, tmp_path / "out", step=2, dtype="bf16")
-    expected = checkpoint_weights(trained, 2)
-    for name, tensor in weights_of(tmp_path / "out").items():
-        assert torch.equal(tensor, expected[name].bfloat16()), name
-    assert read(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
-
-
-def test_generation_ends_with_the_tokens_that_end_an_answer(exported: Path) -> None:
-    tokenizer = Phi3VProcessor.from_pretrained(exported).tokenizer
-    start, end, text_end = tokenizer.convert_tokens_to_ids(["<s>", "<|end|>", "<|endoftext|>"])
-    assert read(exported / "generation_config.json") == {
-        "bos_token_id": start,
-        "eos_token_id": [end, text_end],
-        "pad_token_id": text_end,
-    }
-
-
 def test_tokenizer_and_processor_are_copied_byte_for_byte(exported: Path, tiny_model: Path) -> None:
     for name in COPIED:
         assert (exported / name).read_bytes() == (tiny_model / name).read_bytes()
     written = {path.name for path in exported.iterdir()}
     own = {"config.json", "generation_config.json", "model.safetensors", "phi3v_export.json"}
+    own.add("README.md")
     assert written == {*COPIED, *own}
 
 
-def test_whoever_may_read_the_config_may_read_the_weights(exported: Path) -> None:
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()}
-    assert len(modes) == 1
+def test_the_card_tells_the_scores_of_the_runs_last_evaluation(
+    exported: Path, trained: Path
+) -> None:
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    score = read(trained / "summary.json")["metrics"]["exact_match"]
+    low, value, high = (f"{score[key]:.1%}" for key in ("low", "value", "high"))
+    assert f"| exact_match | {value} [{low}, {high}] |" in card
+    assert read(trained / "data.json")["fingerprint"] in card
+    assert f"# run, step {STEPS}\n" in card and str(trained.parent) not in card
 
 
 def test_the_reloaded_model_computes_the_checkpoints_logits_bit_for_bit(
@@ -196,131 +143,6 @@ def test_the_reloaded_model_computes_the_checkpoints_logits_bit_for_bit(
     assert torch.equal(*logits)
 
 
-def test_large_weights_are_split_into_files_with_an_index(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(phi3v.export, "SHARD_SIZE", "2MB")
-    export(trained, tmp_path / "out")
-    files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
-    index = read(tmp_path / "out" / "model.safetensors.index.json")["weight_map"]
-    assert set(index.values()) == files and len(files) > 1
-    assert index.keys() == checkpoint_weights(trained, STEPS).keys()
-    reloaded = Phi3VForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    for name, tensor in checkpoint_weights(trained, STEPS).items():
-        assert torch.equal(reloaded[name], tensor), name
-
-
-# --- the code of the base ---
-
-
-def add_code(base: Path, *missing: str) -> None:
-    """Give the base an auto_map and its modules, as the published folders have."""
-    modules = {
-        "configuration_phi3_v.py": "",
-        "modeling_phi3_v.py": "from .image_embedding_phi3_v import Phi3ImageEmbedding\n",
-        "image_embedding_phi3_v.py": "",
-        "processing_phi3_v.py": "",
-        "LICENSE": "MIT",
-        "sample_inference.py": "",
-    }
-    for name, text in modules.items():
-        if name not in missing:
-            (base / name).write_text(text)
-    maps = {
-        "config.json": {
-            "AutoConfig": "configuration_phi3_v.Phi3VConfig",
-            "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM",
-        },
-        "preprocessor_config.json": {"AutoProcessor": "processing_phi3_v.Phi3VProcessor"},
-        "tokenizer_config.json": {"AutoTokenizer": [None, "someone/else--tokens.Fast"]},
-    }
-    for name, auto_map in maps.items():
-        content = read(base / name) | {"auto_map": auto_map}
-        (base / name).write_text(json.dumps(content), encoding="utf-8")
-
-
-def test_code_that_the_base_names_comes_along(base: Path, trained: Path, tmp_path: Path) -> None:
-    add_code(base)
-    export(run_on(base, trained, tmp_path / "run"), tmp_path / "out")
-    found = {path.name for path in (tmp_path / "out").glob("*.py")}
-    assert found == {
-        "configuration_phi3_v.py",
-        "modeling_phi3_v.py",
-        "image_embedding_phi3_v.py",
-        "processing_phi3_v.py",
-    }
-    assert (tmp_path / "out" / "LICENSE").read_text() == "MIT"
-    assert "auto_map" in read(tmp_path / "out" / "config.json")
-    for name in COPIED:
-        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-
-
-def test_without_its_code_an_auto_map_would_lead_nowhere_and_goes(
-    base: Path, trained: Path, tmp_path: Path
-) -> None:
-    add_code(base, "image_embedding_phi3_v.py", "processing_phi3_v.py")
-    export(run_on(base, trained, tmp_path / "run"), tmp_path / "out")
-    out = tmp_path / "out"
-    assert list(out.glob("*.py")) == []
-    for name in ("config.json", "preprocessor_config.json"):
-        expected = {key: value for key, value in read(base / name).items() if key != "auto_map"}
-        assert read(out / name) == expected
-    name = "tokenizer_config.json"  # its code lies in another repository
-    assert (out / name).read_bytes() == (base / name).read_bytes()
-
-
-# --- where it is written ---
-
-
-def test_a_folder_of_the_same_run_is_replaced(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export(trained, tmp_path / "out", step=2)
-    (tmp_path / "out" / "old").write_text("")
-    monkeypatch.chdir(trained.parent)
-    export(Path("run"), tmp_path / "out")  # the same run by another name
-    assert read(tmp_path / "out" / "phi3v_export.json") == {
-        "run": str(trained),
-        "config": "config.yaml",
-        "checkpoint": "step-00000003",
-    }
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not (tmp_path / "out" / "old").exists()
-
-
-def test_a_folder_of_another_run_is_refused(trained: Path, exported: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path / "run")
-    before = (exported / "phi3v_export.json").read_bytes()
-    with pytest.raises(ConfigError) as caught:
-        export(tmp_path / "run", exported)
-    assert str(caught.value) == (
-        f"--out {exported} exists and was exported from {trained}; name another folder, or remove "
-        "it"
-    )
-    assert (exported / "phi3v_export.json").read_bytes() == before
-
-
-def test_a_folder_or_file_of_the_users_own_is_refused(trained: Path, tmp_path: Path) -> None:
-    folder, file = tmp_path / "thesis", tmp_path / "thesis.txt"
-    folder.mkdir()
-    file.write_text("words")
-    (folder / "chapter.txt").write_text("more words")
-    for out in (folder, file):
-        with pytest.raises(ConfigError) as caught:
-            export(trained, out)
-        assert str(caught.value) == (
-            f"--out {out} exists and is not an export; name another folder, or remove it"
-        )
-    assert file.read_text() == "words"
-    assert [path.name for path in folder.iterdir()] == ["chapter.txt"]
-
-
-def test_an_empty_folder_is_as_good_as_none(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    export(trained, tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").is_file()
-
-
 # --- what cannot be exported ---
 
 
@@ -334,34 +156,19 @@ def test_a_step_that_was_not_saved_is_refused(trained: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        export(tmp_path / "none", tmp_path / "out")
-    assert str(caught.value) == (
-        f"{tmp_path / 'none'} holds no config.yaml, so it is no run folder; name run.out"
-    )
-
-
-def test_a_base_that_was_exchanged_is_refused(base: Path, trained: Path, tmp_path: Path) -> None:
-    config = read(base / "config.json")
-    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(CheckpointError, match="do not fit the model's config.json: 6 unknown: "):
-        export(run_on(base, trained, tmp_path / "run"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 # --- asking it ---
 
 
-def test_a_question_with_and_without_a_picture(exported: Path, catalogue: Path) -> None:
+def test_a_question_about_a_picture(exported: Path, catalogue: Path) -> None:
     picture = min((catalogue / "images").iterdir())
     question = "What is shown in this image?"
-    asked = ("exported", "--prompt", question, "--max_new_tokens", 6)
-    for images in ([], [picture]):
-        flags = ("--image", *images) if images else ()
-        done = command("generate.py", *asked, *flags, cwd=exported.parent)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == ask(str(exported), question, images, 6) + "\n"
+    asked = ("exported", "--prompt", question, "--max_new_tokens", 6, "--image", picture)
+    done = command("generate.py", *asked, cwd=exported.parent)
+    assert done.returncode == 0, done.stderr
+    settings = EvalSection(max_new_tokens=6, batch_rows=1)
+    generator = phi3v.export.open_any(str(exported), settings)
+    asker = Asker(generator, Phi3VProcessor.from_pretrained(exported))
+    assert done.stdout == asker.ask(question, [picture]) + "\n"
 
 
 def test_a_file_that_is_no_picture_is_refused_in_one_line(exported: Path, tmp_path: Path) -> None:
@@ -379,34 +186,33 @@ def test_a_run_and_its_export_score_the_same_side_by_side(
 ) -> None:
     done = command(
         "evaluate.py",
-        *("run", "exported", "--shards", tiny_shards),
+        *("exported", "run", "--shards", tiny_shards, "--out", "scores.json"),
         *("eval.metrics=[exact_match, parse_rate]", "eval.pattern='Product: {title}'"),
         cwd=exported.parent,
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line]
     lines = lines[[line[0] for line in lines].index("metric") :]
-    assert [line[0] for line in lines] == ["metric", "loss", "exact_match", "parse_rate"]
-    assert lines[0][1:] == ["run", "exported"]
-    for line in lines[1:]:
+    scores, differences = lines[:4], lines[4:]
+    assert [line[0] for line in scores] == ["metric", "loss", "exact_match", "parse_rate"]
+    assert scores[0][1:] == ["exported", "run"]
+    for line in scores[1:]:
         half = len(line[1:]) // 2
         assert line[1 : 1 + half] == line[1 + half :]
-    assert "n=4" in lines[2], "the run's own eval.rows hold"
-
-
-def test_a_model_that_does_not_exist_is_refused_in_one_line(
-    exported: Path, tiny_shards: Path
-) -> None:
-    arguments = ("exported", "./none", "--shards", tiny_shards)
-    done = command("evaluate.py", *arguments, cwd=exported.parent)
-    assert done.returncode == 2 and done.stdout == ""
-    assert "./none has no preprocessor_config.json" in last_line(done, "ConfigError")
+    assert "n=4" in scores[2], "the run's own eval.rows hold"
+    assert differences[0] == ["run", "-", "exported", "difference"]
+    assert [line[0] for line in differences[1:]] == ["exact_match", "parse_rate"]
+    assert all(line[-3:] == ["no", "difference", "seen"] for line in differences[1:])
+    written = read(exported.parent / "scores.json")["models"]
+    assert written["run"] == written["exported"] and len(written["run"]["answers"]) == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["exported", "eval.metrics=[bleu]"], "eval.metrics has 'bleu', but without a pattern "),
+        (["exported", "eval.metrics=[blue]"], "eval.metrics has 'blue', which is no metric; "),
+        (["exported", "unfinished"], "unfinished/checkpoints holds no checkpoint; "),
+        (["exported", "eval.pattern='Price: {price:float}'"], "; correct eval.pattern, or the ass"),
         (["exported", "eval.rows=0"], "eval.rows is 0, so there is nothing to evaluate; "),
         (["exported", "eval.row=1"], "unknown key 'eval.row' in override 'eval.row=1'; "),
         (["exported", "--split", "test"], "{shards} has no split 'test', it has: train, valida"),
@@ -416,11 +222,15 @@ def test_a_model_that_does_not_exist_is_refused_in_one_line(
 )
 def test_what_cannot_be_evaluated_is_refused_before_a_model_is_opened(
     exported: Path,
+    trained: Path,
     tiny_shards: Path,
     arguments: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    unfinished = trained.parent / "unfinished"
+    unfinished.mkdir(exist_ok=True)
+    shutil.copy(trained / "config.yaml", unfinished)
     main = runpy.run_path(str(LAUNCH / "evaluate.py"))["main"]
     monkeypatch.setitem(main.__globals__, "set_environment", lambda: None)
     monkeypatch.setattr(phi3v.export, "open_any", None)
@@ -431,14 +241,25 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_opened(
     assert message.format(shards=tiny_shards) in str(caught.value)
 
 
-def test_overrides_alone_name_no_model(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval.rows=1"], "name at least one model folder or run folder, and each once"),
+        (["a", "a"], "name at least one model folder or run folder, and each once"),
+        (["a", "--out", "none/b"], "--out none/b: there is no folder none; make it"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_at_once(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "eval.rows=1", "--shards", "none"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--shards", "none"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(LAUNCH / "evaluate.py"))["parse"]()
     assert caught.value.code == 2
-    assert "error: name at least one model folder or run folder\n" in capsys.readouterr().err
+    assert f"error: {message}\n" in capsys.readouterr().err
 
 
 def test_the_run_reports_its_own_evaluation(trained: Path, tiny_shards: Path) -> None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,15 @@ ALIASES = ("model.vision_embed_tokens.wte.weight",)
 SHOWN = 5  # names listed of each kind
 # What ends an answer. The published config.json says </s>, which the model does not say.
 STOP_TOKENS = ("<|end|>", "<|endoftext|>")
+
+
+class Weights(Protocol):
+    """Tensors by their published names, read one at a time; `path` is where they lie."""
+
+    @property
+    def path(self) -> str: ...
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def read(self, name: str) -> Tensor: ...
 
 
 class WeightFiles:
@@ -137,7 +146,7 @@ def parameter_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield f"{prefix}.{name}".lstrip("."), module, name
 
 
-def load_weights(model: nn.Module, files: WeightFiles, dtype: torch.dtype) -> None:
+def load_weights(model: nn.Module, files: Weights, dtype: torch.dtype) -> None:
     """Give a model that was built on the meta device its weights, on the CPU.
 
     Raises: CheckpointError if names or shapes do not fit.

@@ -1,4 +1,8 @@
-"""Phi3VProcessor: pictures and text to the published model's inputs, without remote code."""
+"""Phi3VProcessor: pictures and text to the published model's inputs, without remote code.
+
+It is a ProcessorMixin, which vLLM asks for, but takes nothing from it: the mixin's calls are its
+own, and it is not saved, for an export copies the base's files.
+"""
 
 import hashlib
 import json
@@ -10,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file
 
 from phi3v.errors import ConfigError
@@ -20,9 +25,10 @@ from phi3v.processing.prompt import encode
 from phi3v.views import ViewSettings
 
 PUBLISHED_IMAGE_SIZE, PUBLISHED_PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
+TAGS = 1000  # of images that `img_tokens` lists; the published one has a million
 
 
-class Phi3VProcessor:
+class Phi3VProcessor(ProcessorMixin):
     """The published processor: HD transform, image placeholders, Llama tokens.
 
     Its settings come from a model folder: `num_crops`, `image_mean`, `image_std` from
@@ -87,25 +93,27 @@ class Phi3VProcessor:
         num_img_tokens             one count per image
         """
         if images is None or (isinstance(images, (list, tuple)) and not images):
-            return BatchFeature(dict(self.tokenizer(text, return_tensors="pt", **kwargs)))
+            kwargs["return_tensors"] = "pt"
+            return BatchFeature(dict(self.tokenizer(text, **kwargs)))
         if not isinstance(text, str):
             raise TypeError("with images, text must be one string")
         pictures = [images] if isinstance(images, Image.Image) else list(images)
         return self._with_images(text, pictures)
 
     def _with_images(self, text: str, pictures: list[Image.Image]) -> BatchFeature:
+        images = self.image_inputs(pictures)
+        input_ids = torch.tensor([encode(self.tokenizer, text, images["num_img_tokens"])])
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        return BatchFeature(inputs | images)
+
+    def image_inputs(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        """What `__call__` gives of pictures: pixel_values, image_sizes, num_img_tokens."""
         canvases = [self.canvas(picture) for picture in pictures]
-        counts = [self.canvas_tokens(canvas) for canvas in canvases]
-        input_ids = torch.tensor([encode(self.tokenizer, text, counts)])
-        return BatchFeature(
-            {
-                "input_ids": input_ids,
-                "attention_mask": torch.ones_like(input_ids),
-                "pixel_values": self.pixel_values(canvases),
-                "image_sizes": torch.tensor([canvas.shape[:2] for canvas in canvases]),
-                "num_img_tokens": counts,
-            }
-        )
+        return {
+            "pixel_values": self.pixel_values(canvases),
+            "image_sizes": torch.tensor([canvas.shape[:2] for canvas in canvases]),
+            "num_img_tokens": [self.canvas_tokens(canvas) for canvas in canvases],
+        }
 
     def canvas(self, image: Image.Image) -> np.ndarray:
         """The HD transform of a picture: uint8 (height, width, 3)."""
@@ -138,6 +146,11 @@ class Phi3VProcessor:
         """Sequence positions of a picture of width x height pixels; a published name."""
         return image_tokens(self.layout(width, height).grid, self.side)
 
+    @property
+    def img_tokens(self) -> list[str]:
+        """The tags of the first images in a prompt; a published name, which vLLM reads."""
+        return [f"<|image_{number}|>" for number in range(1, TAGS + 1)]
+
     def count_tokens(self, text: str, sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of a rendered chat from its pictures' (width, height) alone, none decoded.
 
@@ -155,6 +168,30 @@ class Phi3VProcessor:
 
     def batch_decode(self, ids: Any, **kwargs: Any) -> list[str]:
         return self.tokenizer.batch_decode(ids, **kwargs)
+
+
+class Phi3VImageProcessor(BaseImageProcessor):
+    """The pictures' half of the processor, for those who ask AutoImageProcessor for it."""
+
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    def __init__(self, processor: Phi3VProcessor) -> None:
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, num_crops: int | None = None, **kwargs: Any
+    ) -> "Phi3VImageProcessor":
+        """Read a model folder or hub name, as Phi3VProcessor does.
+
+        Raises: ConfigError if a file is missing.
+        """
+        return cls(Phi3VProcessor.from_pretrained(pretrained_model_name_or_path, num_crops))
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """The processor's pixel_values, image_sizes and num_img_tokens of one picture or more."""
+        pictures = [images] if isinstance(images, Image.Image) else list(images)
+        return BatchFeature(self.processor.image_inputs(pictures))
 
 
 def model_file(model: str, name: str) -> Path:

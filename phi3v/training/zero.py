@@ -1,7 +1,6 @@
-"""DeepSpeed: the engine, gathering weights from its partitions, reading them from checkpoints."""
+"""DeepSpeed: the engine, its weights into partitions and out of them, and what it measures."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_modules
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from phi3v.config import DeepSpeedConfig, Module
 from phi3v.errors import Phi3VError
 from phi3v.model import LAYERS
 from phi3v.model.weights import WeightFiles, check_shapes, parameter_places
+from phi3v.training.norms import module_norms, record_norms
 
 Result = TypeVar("Result")
 MARGIN_SECONDS = 60.0  # a hang is the watchdog's, which shows where; then the collective gives up
@@ -59,6 +58,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups, config=ds.for_engine(), dist_init_required=False
     )
+    record_norms(engine.optimizer)
     return engine
 
 
@@ -146,47 +146,15 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str) -
     engine.load_checkpoint(str(folder), tag=tag)
 
 
-def read_weights(checkpoints: Path, tag: str) -> dict[str, Tensor]:
-    """Put the float32 weights of a checkpoint together on the CPU: masters, and what is frozen.
-
-    Needs the memory of the whole model in float32 (16.6 GB at full size), under the stages 1 and 2
-    with that of the model's own precision on top.
-    """
-    whole = checkpoints / tag / "mp_rank_00_model_states.pt"
-    if not whole.is_file():  # stage 3: every rank has a share of every weight
-        shared = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
-        return {name: weight.float() for name, weight in shared.items()}
-    module = torch.load(whole, map_location="cpu", weights_only=False)["module"]
-    weights = {name: weight.float().contiguous() for name, weight in module.items()}
-    _fill_in_masters(weights, checkpoints / tag)
-    return weights
-
-
-def _fill_in_masters(weights: dict[str, Tensor], checkpoint: Path) -> None:
-    """Replace the trained weights by their float32 masters, under the stages 1 and 2.
-
-    A rank has a stretch of each parameter group, so a weight may lie with several. DeepSpeed's own
-    reader refuses stage 1 in bfloat16, which does not write its stage down, and leaves frozen
-    parameters out in float32.
-    """
-    filled: Counter[str] = Counter()
-    ranks = len(list(checkpoint.glob("*_optim_states.pt")))
-    for rank in range(ranks):
-        (path,) = checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-        state = saved["optimizer_state_dict"]
-        groups = state["single_partition_of_fp32_groups"]
-        for group, places in zip(groups, state["param_slice_mappings"], strict=True):
-            for name, place in places.items():
-                stretch = weights[name].view(-1)[filled[name] :][: place.numel]
-                stretch.copy_(group[place.start :][: place.numel])
-                filled[name] += place.numel
-    assert all(filled[name] == weights[name].numel() for name in filled), checkpoint
-
-
 def total_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     """Norm of the last step's gradient before clipping."""
     return float(engine.get_global_grad_norm())
+
+
+def gradient_norms(engine: deepspeed.DeepSpeedEngine) -> tuple[float, dict[str, float]]:
+    """Norm of the last step's gradient before clipping: the total, and that of each module."""
+    total = total_norm(engine)
+    return total, module_norms(engine.optimizer, total)
 
 
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, rates: Mapping[Module, float]) -> None:

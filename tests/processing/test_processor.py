@@ -1,5 +1,7 @@
 """Phi3VProcessor: one call for a prompt and its pictures, settings from a model folder."""
 
+import configparser
+import importlib
 import json
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoConfig, ProcessorMixin
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from phi3v.errors import ConfigError, SampleError
-from phi3v.processing import Phi3VProcessor
+from phi3v.processing import Phi3VImageProcessor, Phi3VProcessor
 from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD, TinySizes, processor_settings
 from tests.processing.tokens import tokenizer
 
@@ -147,3 +151,53 @@ def test_tokens_are_counted_from_sizes_as_the_processor_makes_them(
     text = "".join(w + t for w, t in zip(words, [*tags, ""], strict=False))
     made = processor(text, [picture(*size) for size in sizes])
     assert processor.count_tokens(text, sizes) == made["input_ids"].shape[1]
+
+
+def published_tokens(width: int, height: int, num_crops: int) -> int:
+    """image_processing_phi3_v.py `calc_num_image_tokens_from_image_size`, at 336 pixels."""
+    long, short = max(width, height), min(width, height)
+    ratio, scale = long / short, 1
+    while scale * np.ceil(scale / ratio) <= num_crops:
+        scale += 1
+    across = (scale - 1) * 336
+    down = int(np.ceil(int(across / ratio) / 336) * 336)
+    lines = (down if width >= height else across) // 336
+    return (across // 336 * down // 336 + 1) * 144 + 1 + (lines + 1) * 12
+
+
+@pytest.mark.parametrize("num_crops", [4, 16])
+@pytest.mark.parametrize("size", [(640, 427), (336, 336), (50, 800), (1344, 200), (1, 1)])
+def test_what_a_server_asks_of_the_processor_has_its_published_name_and_value(
+    num_crops: int, size: tuple[int, int]
+) -> None:
+    processor = Phi3VProcessor(tokenizer(), num_crops, CLIP_MEAN, CLIP_STD)
+    width, height = size
+    found = processor.calc_num_image_tokens_from_image_size(width=width, height=height)
+    assert found == published_tokens(width, height, num_crops)
+    assert "".join(processor.img_tokens[:2]) == "<|image_1|><|image_2|>"
+    assert isinstance(processor, ProcessorMixin)
+
+
+def test_a_text_alone_is_tokenised_as_a_server_asks(processor: Phi3VProcessor) -> None:
+    inputs = processor("A cat.", return_tensors="pt", add_special_tokens=False)
+    assert inputs["input_ids"].tolist() == [
+        tokenizer()("A cat.", add_special_tokens=False).input_ids
+    ]
+
+
+def test_the_image_processor_is_the_processors_half(folder: Path) -> None:
+    images = Phi3VImageProcessor.from_pretrained(folder)(picture(60, 40))
+    inputs = Phi3VProcessor.from_pretrained(folder)("<|image_1|>", picture(60, 40))
+    assert set(images) == {"pixel_values", "image_sizes", "num_img_tokens"}
+    for name in images:
+        assert torch.equal(torch.as_tensor(images[name]), torch.as_tensor(inputs[name])), name
+
+
+def test_vllm_finds_what_registers_the_classes() -> None:
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[2] / "setup.cfg")
+    (entry,) = config["options.entry_points"]["vllm.general_plugins"].strip().splitlines()
+    module, function = entry.split(" = ")[1].split(":")
+    getattr(importlib.import_module(module), function)()  # a second time, after the import
+    config_class = AutoConfig.for_model("phi3_v").__class__
+    assert IMAGE_PROCESSOR_MAPPING[config_class] == {"pil": Phi3VImageProcessor}

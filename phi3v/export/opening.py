@@ -1,0 +1,69 @@
+"""Opening a model by name: a run folder, a Hugging Face folder, or a name on the hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from phi3v.config import EvaluationConfig, RunConfig, build_recipe, to_dict
+from phi3v.config.running import EvalSection
+from phi3v.errors import ConfigError
+from phi3v.evaluation.generation import Generator
+from phi3v.evaluation.models import as_generator, open_model
+from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model.weights import load_weights
+from phi3v.processing import Phi3VProcessor
+from phi3v.training.checkpoints.reading import open_weights
+from phi3v.training.run_folder import CONFIG, RunFolder
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The resolved configuration of a run folder.
+
+    Raises: ConfigError if it is no run folder.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no {CONFIG}, so it is no run folder; name run.out")
+    return build_recipe(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), path, [])
+
+
+def evaluation_settings(model: Path, overrides: Sequence[str]) -> EvalSection:
+    """The eval settings of a run, or the defaults for a model folder, with overrides.
+
+    Raises: ConfigError naming a key that is wrong.
+    """
+    is_run = (model / CONFIG).is_file()
+    values = {"eval": to_dict(read_run(model))["eval"]} if is_run else {}
+    place = model / CONFIG if is_run else Path("the command line")
+    return build_recipe(EvaluationConfig, values, place, overrides).eval
+
+
+def base_of(model: str) -> str:
+    """The folder or hub name that holds a model's tokenizer and image settings: a run's base."""
+    is_run = (Path(model) / CONFIG).is_file()
+    return read_run(Path(model)).model.path if is_run else model
+
+
+def open_any(model: str, settings: EvalSection) -> Generator:
+    """Open a run's newest checkpoint, or a Hugging Face folder or hub name."""
+    if (Path(model) / CONFIG).is_file():
+        return open_run(Path(model), settings.max_new_tokens, settings.batch_rows)
+    return open_model(model, settings.max_new_tokens, settings.batch_rows)
+
+
+def open_run(run: Path, max_new_tokens: int, batch_rows: int) -> Generator:
+    """The newest checkpoint of a run, whole on the device there is, ready to answer.
+
+    Raises: ConfigError if it is no run folder; CheckpointError if it has no checkpoint, or a
+    damaged one.
+    """
+    cfg = read_run(run)
+    processor = Phi3VProcessor.from_pretrained(cfg.model.path)
+    config = Phi3VConfig.from_pretrained(cfg.model.path)
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(config)
+    weights = open_weights(RunFolder(run).checkpoints)
+    load_weights(model, weights, config.dtype or torch.float32)
+    return as_generator(model, processor, max_new_tokens, batch_rows)

@@ -1,0 +1,145 @@
+"""What surrounds the weights: the base model's own files.
+
+config.json is edited as raw JSON, never saved anew by transformers, which would write keys that the
+published code refuses; tokenizer, processor settings and the code that they name are copied as they
+are.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils.hub import cached_file
+
+from phi3v.errors import ConfigError
+from phi3v.files import write_json
+from phi3v.model.weights import STOP_TOKENS
+from phi3v.processing import Phi3VProcessor
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+VERBATIM = ("preprocessor_config.json", "processor_config.json", *TOKENIZER, "LICENSE")
+NAMING_CODE = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
+DROPPED_KEYS = ("_attn_implementation", "_name_or_path")
+# What llama.cpp must not read: code of another architecture, and what is not in the text model.
+NOT_TEXT = ("auto_map", "img_processor", "embd_layer", "vision_config")
+
+
+def write_originals(model: str, out: Path, dtype: torch.dtype) -> None:
+    """Write everything but the weights and the card.
+
+    Raises: ConfigError if the base has no config.json.
+    """
+    write_json(out / "config.json", _edited_config(model, dtype))
+    _copy(model, VERBATIM, out)
+    _write_generation(model, out)
+    missing = {name: _copy_code(model, out, name) for name in NAMING_CODE if (out / name).is_file()}
+    if lost := {name: module for name, module in missing.items() if module}:
+        print(
+            f"auto_map is left out of {', '.join(lost)}, because {model} has no "
+            f"{', no '.join(sorted(set(lost.values())))}; vLLM and transformers then open the "
+            "folder where phi3v is installed, and nowhere else",
+            file=sys.stderr,
+        )
+
+
+def write_text_originals(model: str, out: Path, dtype: torch.dtype) -> None:
+    """Write what llama.cpp's converter reads of the language model alone.
+
+    Raises: ConfigError if the base has no config.json.
+    """
+    config = _edited_config(model, dtype)
+    config |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+    write_json(out / "config.json", {k: v for k, v in config.items() if k not in NOT_TEXT})
+    _copy(model, (*TOKENIZER, "LICENSE"), out)
+    _write_generation(model, out)
+    if not (out / "tokenizer.model").is_file():
+        print(
+            f"{model} has no tokenizer.model, which llama.cpp's converter needs; put that of "
+            "Phi-3-mini beside config.json before you convert",
+            file=sys.stderr,
+        )
+
+
+def find_base(model: str, name: str) -> Path | None:
+    """A file of the base model, in its folder or fetched from the hub; None if it has none."""
+    file = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    return Path(file) if file else None
+
+
+def _edited_config(model: str, dtype: torch.dtype) -> dict[str, Any]:
+    file = find_base(model, "config.json")
+    if file is None:
+        raise ConfigError(f"model.path {model} has no config.json; it must be there to export")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for key in DROPPED_KEYS:
+        config.pop(key, None)
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    return dict(config)
+
+
+def _copy(model: str, names: tuple[str, ...], out: Path) -> None:
+    for name in names:
+        if (file := find_base(model, name)) is not None:
+            shutil.copyfile(file, out / name)
+
+
+def _write_generation(model: str, out: Path) -> None:
+    """What ends an answer, and not </s>, which the published file names and nobody says."""
+    tokenizer = Phi3VProcessor.from_pretrained(model).tokenizer
+    end, text_end = (tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS)
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [end, text_end]}
+    write_json(out / "generation_config.json", generation | {"pad_token_id": text_end})
+
+
+def _copy_code(model: str, out: Path, name: str) -> str | None:
+    """Copy the .py files that the `auto_map` of a JSON names, for those who load with remote code.
+
+    Where the base lacks one, which is returned, the `auto_map` goes: one that leads nowhere makes
+    every loader with trust_remote_code fail.
+    """
+    content = json.loads((out / name).read_text(encoding="utf-8"))
+    files = dict(_code_files(model, content.get("auto_map", {})))
+    if missing := next((module for module, file in files.items() if file is None), None):
+        write_json(out / name, {k: v for k, v in content.items() if k != "auto_map"})
+        return f"{missing}.py"
+    for file in filter(None, files.values()):
+        shutil.copyfile(file, out / file.name)
+    return None
+
+
+def _code_files(
+    model: str, auto_map: Mapping[str, str | list[str | None]]
+) -> Iterator[tuple[str, Path | None]]:
+    """The modules that an `auto_map` names and those they import, each with its file or None.
+
+    An entry is "module.Class", or a list of these; "repository--module.Class" lies elsewhere.
+    """
+    entries = [e if isinstance(e, list) else [e] for e in auto_map.values()]
+    names = [name for entry in entries for name in entry if name and "--" not in name]
+    waiting, seen = [name.split(".")[0] for name in names], set[str]()
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            file = find_base(model, f"{module}.py")
+            yield module, file
+            waiting += get_relative_imports(file) if file else []
