@@ -88,13 +88,15 @@ def dump_yaml(cfg: RunConfig | DatasetConfig) -> str:
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """List the dotted keys whose values differ, or that only one of two recipes has.
+    """List the dotted keys whose values differ; one that a recipe does not have counts as null.
+
+    So a recipe written before an optional key existed is the same as one that does not use it.
 
     Example: {"optim": {"lr": 1.0}} and {"optim": {"lr": 2.0}} give ["optim.lr"].
     """
     left, right = dict(_flatten(a)), dict(_flatten(b))
     keys = dict.fromkeys([*left, *right])
-    return [key for key in keys if left.get(key, MISSING) != right.get(key, MISSING)]
+    return [key for key in keys if left.get(key) != right.get(key)]
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from phi3v.config import DatasetConfig, RunConfig, load_recipe
 from phi3v.data.format import MANIFEST
 from phi3v.errors import ConfigError
+from phi3v.evaluation.report.words import metric_value
 from phi3v.prepare import prepare
 from phi3v.prepare.conversations import read_conversation
 from phi3v.prepare.sources import read_rows
@@ -29,6 +30,7 @@ from phi3v.training.ranks import RANK_VARIABLES, free_port
 RANKS = 2
 SEED = 1  # of the catalogue; drawings and learning rate were chosen on seed 0
 QUESTION = "What is shown in this image?"
+COMPARED = ("eval.rows=50", "eval.blind=false")  # the model before and after; a few rows are enough
 BLIND = "blind_"
 
 
@@ -99,6 +101,10 @@ def run_demo(folders: DemoFolders, launch: Path, overrides: Sequence[str]) -> No
     picture = min((folders.data / "images").iterdir())
     print(f"\n{picture}: {QUESTION}", flush=True)
     _run(python, launch / "generate.py", export, "--prompt", QUESTION, "--image", picture)
+    _run(
+        *(python, launch / "evaluate.py", folders.model, folders.run),
+        *("--shards", folders.shards, *COMPARED),
+    )
     _print_results(folders.run, time.perf_counter() - began)
 
 
@@ -133,13 +139,13 @@ def _print_results(run: Path, seconds: float) -> None:
     print(f"\n{'held-out products':28}{'seeing':>9}{'blind':>9}{'rows':>7}")
     for name in (name for name in metrics if not name.startswith(BLIND)):
         seen, blind = metrics[name], metrics.get(BLIND + name)
-        print(f"{name:28}{_show(seen):>9}{_show(blind):>9}{seen['n']:>7}")
+        print(f"{name:28}{_show(name, seen):>9}{_show(name, blind):>9}{seen['n']:>7}")
     print(f"{summary['steps']} steps in {training:,.0f} s, the whole demo in {seconds:,.0f} s")
     print(f"report: {run / 'report.html'}")
 
 
-def _show(score: dict[str, Any] | None) -> str:
-    return "-" if not score or score["value"] is None else f"{score['value']:.1%}"
+def _show(name: str, score: dict[str, Any] | None) -> str:
+    return "-" if score is None or score["value"] is None else metric_value(name, score["value"])
 
 
 @contextmanager

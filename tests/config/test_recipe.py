@@ -163,8 +163,8 @@ def test_differing_keys_are_named_in_full() -> None:
     assert differing_keys(a, b) == ["model.freeze", "optim.lr", "deepspeed"]
 
 
-def test_a_key_that_only_one_recipe_has_differs() -> None:
-    assert differing_keys({"a": {"b": 1}}, {"a": {}, "c": None}) == ["a.b", "c"]
+def test_a_key_that_only_one_recipe_has_differs_unless_it_is_null() -> None:
+    assert differing_keys({"a": {"b": 1}}, {"a": {}, "c": None}) == ["a.b"]
 
 
 def test_each_module_has_its_own_learning_rate_or_the_common_one() -> None:

@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,6 +19,7 @@ from phi3v.training.tracking import Tracker, check_sinks, open_tracker
 from phi3v.training.tracking.jsonl import JsonSink
 from phi3v.training.tracking.wandb import names
 from tests.commands import BIN, ROOT
+from tests.offline import history, of_kind
 
 RECIPE = {
     "run": {"out": "demo"},
@@ -59,8 +58,6 @@ checkpoint.mkdir(parents=True)
 tracker.log_checkpoint(step, checkpoint, ("last", checkpoint.name))
 tracker.finish()
 """
-BLOCK_BYTES, HEADER_BYTES, FILE_HEADER_BYTES = 32768, 7, 7
-FULL, LAST = 1, 4
 
 
 @dataclass(frozen=True)
@@ -92,42 +89,6 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout + done.stderr)
     return Lives(folder, home, cwd, outputs)
-
-
-def records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: a log of LevelDB's form holding protobuf messages."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, message = path.read_bytes(), FILE_HEADER_BYTES, b""
-    while position + HEADER_BYTES <= len(data):
-        left = BLOCK_BYTES - position % BLOCK_BYTES
-        if left < HEADER_BYTES:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        position += HEADER_BYTES
-        message += data[position : position + length]
-        position += length
-        if kind in (FULL, LAST):
-            yield Record.FromString(message)
-            message = b""
-
-
-def of_kind(path: Path, kind: str) -> list[Any]:
-    """The records of a kind."""
-    found = [record for record in records(path) if record.WhichOneof("record_type") == kind]
-    return [getattr(record, kind) for record in found]
-
-
-def history(path: Path) -> list[dict[str, Any]]:
-    """What was logged, step by step; wandb's own keys left out."""
-    rows = []
-    for record in of_kind(path, "history"):
-        items = {"/".join(item.nested_key) or item.key: item for item in record.item}
-        values = {key: json.loads(item.value_json) for key, item in items.items()}
-        own = ("_timestamp", "_runtime", "eval/examples/")
-        rows.append({key: value for key, value in values.items() if not key.startswith(own)})
-    return rows
 
 
 @pytest.mark.slow
