@@ -40,12 +40,14 @@ def module_norms(optimizer: Any, total: float) -> dict[str, float]:
     """The norm of each trained module's gradient in the last step, before clipping.
 
     total  norm of the whole gradient; where it is not finite, the step was skipped before it had
-           norms, and those of the modules are NaN
+           norms, and those of the modules are NaN. So they are where DeepSpeed took the total in
+           another way: no figure is a reason to end a run
     """
-    names = _group_names(optimizer)
-    if not math.isfinite(total):
+    names, kept = _group_names(optimizer), list(optimizer.kept_norms)
+    optimizer.kept_norms.clear()
+    if not math.isfinite(total) or len(kept) != len(names):
         return dict.fromkeys(names, math.nan)
-    squares = torch.stack(list(optimizer.kept_norms)).double().square().tolist()
+    squares = torch.stack(kept).double().square().tolist()
     sums = dict.fromkeys(names, 0.0)
     for name, square in zip(names, squares, strict=True):
         sums[name] += square

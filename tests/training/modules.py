@@ -52,7 +52,7 @@ def one_case(path: Path, ranks: Ranks) -> dict[str, Any]:
         engine.backward(engine(**as_dtype(batch, dtype)) * float("nan"))
         engine.step()
     _, bad = zero.gradient_norms(engine)
-    parts = len(engine.optimizer.kept_norms) / len(engine.optimizer.param_groups)
+    parts = engine.optimizer.kept_norms.maxlen / len(engine.optimizer.param_groups)
     engine.destroy()
     whole = {module: square**0.5 for module, square in squares.items()}
     return {"total": total, "norms": norms, "whole": whole, "bad": bad, "parts": parts}
