@@ -72,9 +72,18 @@ def _check_best(cfg: RunConfig) -> None:
             f"checkpoint.best is {best!r}, which no evaluation gives; take one of "
             f"{', '.join(names)}, or add it to eval.metrics"
         )
-    if not cfg.eval.rows or not cfg.eval.every or cfg.eval.every % every:
-        raise ConfigError(
-            f"checkpoint.best is {best!r}, but eval.every {cfg.eval.every} with eval.rows "
-            f"{cfg.eval.rows} gives no score of a saved step; set eval.rows above 0 and eval.every "
-            f"to a multiple of checkpoint.every {every}"
+    if not cfg.eval.rows:
+        reason = "eval.rows is 0, so no step has a score; set it above 0"
+    elif not cfg.eval.every:
+        reason = (
+            "eval.every is 0, so only the last step has a score; set eval.every to a multiple of "
+            f"checkpoint.every {every}"
         )
+    elif cfg.eval.every % every:
+        reason = (
+            f"eval.every {cfg.eval.every} is no multiple of checkpoint.every {every}, so steps are "
+            f"evaluated that are not saved; set checkpoint.every to {cfg.eval.every}"
+        )
+    else:
+        return
+    raise ConfigError(f"checkpoint.best is {best!r}, but {reason}")

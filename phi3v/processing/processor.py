@@ -7,11 +7,19 @@ own, and it is not saved, for an export copies the base's files.
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
@@ -25,6 +33,7 @@ from phi3v.processing.prompt import encode
 from phi3v.views import ViewSettings
 
 PUBLISHED_IMAGE_SIZE, PUBLISHED_PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
+HUB_SECONDS = 10.0  # that the hub may take to say whether it has a model
 TAGS = 1000  # of images that `img_tokens` lists; the published one has a million
 
 
@@ -197,8 +206,9 @@ class Phi3VImageProcessor(BaseImageProcessor):
 def model_file(model: str, name: str) -> Path:
     """A file of a model folder or of a hub model.
 
-    Raises: ConfigError if it is missing.
+    Raises: ConfigError if it is missing, or there is no such model.
     """
+    _check_model(str(model))
     try:
         file, reason = cached_file(model, name), None
     except OSError as error:
@@ -208,6 +218,34 @@ def model_file(model: str, name: str) -> Path:
             f"model {model} has no {name}; name a model folder such as models/tiny, or a hub model"
         ) from reason
     return Path(file)
+
+
+@cache
+def _check_model(model: str) -> None:
+    """Ask the hub once whether it has a model that is no folder here.
+
+    Most often the path is mistyped. transformers would ask for each file, and each time five times
+    again where there is no network.
+    """
+    try:
+        if Path(model).is_dir() or try_to_load_from_cache(model, "config.json"):
+            return
+        HfApi().model_info(model, timeout=HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise _no_model(model, "the hub has no such model") from error
+    except HFValidationError as error:
+        raise _no_model(model, "its name is none of the hub's") from error
+    except OfflineModeIsEnabled as error:
+        raise _no_model(model, "HF_HUB_OFFLINE keeps the hub from being asked") from error
+    except HTTPError as error:
+        raise _no_model(model, f"the hub cannot be asked ({error})") from error
+
+
+def _no_model(model: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"there is no folder {model}, and {reason}; name a model folder such as models/tiny, or a "
+        "hub model"
+    )
 
 
 def _read_json(model: str, name: str) -> dict[str, Any]:

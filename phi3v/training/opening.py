@@ -25,6 +25,7 @@ from phi3v.training.metering import sample_costs
 from phi3v.training.optimizer import freeze
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder, package_versions
+from phi3v.training.tracking import check_sinks
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     """Check everything that can be checked before anything slow starts."""
     folder = RunFolder(Path(cfg.run.out))
     folder.check_recipe(cfg, ds)
+    check_sinks(cfg)
     dataset = open_datasets(cfg.data.folders, "train", [part.weight for part in cfg.data.parts])
     if not len(dataset):
         raise ConfigError(

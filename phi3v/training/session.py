@@ -24,9 +24,9 @@ from phi3v.training.console import say
 from phi3v.training.opening import Run, describe_data, dtype_of, load_model
 from phi3v.training.optimizer import parameter_groups
 from phi3v.training.results import best_scores, write_results
-from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT
+from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT, REPORT
 from phi3v.training.stopping import StopRequests
-from phi3v.training.tracking import Tracker, check_sinks, open_tracker
+from phi3v.training.tracking import Tracker, open_tracker
 from phi3v.training.tracking.sinks import Histogram
 from phi3v.training.watchdog import Watchdog
 
@@ -46,7 +46,6 @@ class Session:
 def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Progress]:
     """Build the engine, and load the newest whole checkpoint if there is one."""
     cfg, ranks, folder = run.cfg, run.ranks, run.folder
-    zero.first_rank_does(lambda: check_sinks(cfg), ranks.is_first)
     if cfg.debug.deterministic:
         torch.use_deterministic_algorithms(True)
     random.seed(cfg.run.seed)
@@ -235,3 +234,5 @@ def report(
     if is_finished:
         session.saver.tidy()  # before the report, which lists what is kept
     write_results(run.folder, run.cfg, evaluation, done.step, is_finished)
+    if is_finished:
+        say(f"finished after step {done.step}, see {run.folder.path / REPORT}")

@@ -76,6 +76,26 @@ def test_a_folder_without_its_settings_is_refused(folder: Path, missing: str) ->
         Phi3VProcessor.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("runs/nothere", "HF_HUB_OFFLINE keeps the hub from being asked"),
+        ("/no/such/folder", "its name is none of the hub's"),
+    ],
+)
+def test_a_mistyped_folder_is_said_to_be_none(name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"there is no folder {name}, and {reason}; name a"):
+        Phi3VProcessor.from_pretrained(name)
+
+
+def test_the_hub_is_asked_once_for_a_model_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a connection that is refused is said in the same line; nothing listens at this port."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="there is no folder a/b, and the hub cannot be asked"):
+        Phi3VProcessor.from_pretrained("a/b")
+
+
 def test_the_digest_is_of_the_whole_tokenizer(folder: Path) -> None:
     digest = Phi3VProcessor.from_pretrained(folder).tokenizer_digest
     assert digest == Phi3VProcessor.from_pretrained(folder).tokenizer_digest

@@ -142,8 +142,12 @@ def test_data_that_was_prepared_anew_is_not_gone_on_with(values: dict[str, Any])
     ("overrides", "what"),
     [
         (["checkpoint.best=speed"], "which no evaluation gives; take one of loss, exact_match"),
-        (["checkpoint.best=loss"], "eval.every 0 with eval.rows "),
-        (["checkpoint.best=loss", "eval.every=3", "checkpoint.every=2"], "a multiple of"),
+        (["checkpoint.best=loss"], "eval.every is 0, so only the last step has a score"),
+        (["checkpoint.best=loss", "eval.rows=0"], "eval.rows is 0, so no step has a score"),
+        (
+            ["checkpoint.best=loss", "eval.every=3", "checkpoint.every=2"],
+            "set checkpoint.every to 3",
+        ),
     ],
 )
 def test_a_best_checkpoint_that_nobody_scores_is_refused(
@@ -165,3 +169,8 @@ def test_a_finished_run_says_so_and_is_not_started(
     assert capsys.readouterr().out == f"{folder.path} is finished: 3 steps; see summary.json\n"
     assert [path.name for path in folder.path.iterdir()] == ["summary.json"]
     assert json.loads((folder.path / "summary.json").read_text())["steps"] == 3
+
+
+def test_a_sink_that_cannot_work_is_refused_before_the_ranks_meet(values: dict[str, Any]) -> None:
+    message = refusal(values, "wandb.log_checkpoint=best")
+    assert message.startswith("wandb.log_checkpoint is 'best', but checkpoint.best names nothing")
