@@ -53,13 +53,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--crops", type=int, nargs="*", help="default: as the tables have them")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(describe_machine())
     for name in arguments.models:
-        for num_crops in CROPS[name]:
+        for num_crops in arguments.crops or CROPS[name]:
             print(f"{name}, {num_crops} crops, {arguments.samples} samples")
             compare(MODELS[name], num_crops, arguments)
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from html import escape
 
 from phi3v.data.audit import bin_end
-from phi3v.evaluation.charts import short_number
+from phi3v.evaluation.charts import GAP, left_margin, short_number
 
 WIDTH, HEIGHT = 480, 190  # units of the viewBox; the page scales it to its column
-LEFT, TOP, BOTTOM = 46, 16, 40
+TOP, BOTTOM = 16, 40
 MOST_LABELS = 8  # below the bars
 WIDEST = 36  # units of a bar
 MOST_COUNTS = 12  # bars that have their count above them
@@ -43,14 +43,13 @@ def bar_chart(title: str, bars: Sequence[Bar], axis: str) -> str:
     if not bars:
         return ""
     highest = max(bar.count for bar in bars)
-    bottom, slot = HEIGHT - BOTTOM, (WIDTH - LEFT) / len(bars)
+    levels = [highest, highest // 2] if highest % 2 == 0 else [highest]
+    left = left_margin(map(short_number, levels))
+    bottom, slot = HEIGHT - BOTTOM, (WIDTH - left) / len(bars)
     every = -(-len(bars) // MOST_LABELS)
-    parts = [
-        _level(highest, TOP),
-        _level(highest / 2, (TOP + bottom) / 2) if highest % 2 == 0 else "",
-    ]
+    parts = [_level(n, left, bottom - (bottom - TOP) * n / highest) for n in levels]
     for number, bar in enumerate(bars):
-        centre, height = LEFT + (number + 0.5) * slot, (bottom - TOP) * bar.count / highest
+        centre, height = left + (number + 0.5) * slot, (bottom - TOP) * bar.count / highest
         width, middle = min(0.84 * slot, WIDEST), f'x="{centre:.1f}" class="middle"'
         parts.append(
             f'<rect class="bar" x="{centre - width / 2:.1f}" y="{bottom - height:.1f}" '
@@ -61,8 +60,8 @@ def bar_chart(title: str, bars: Sequence[Bar], axis: str) -> str:
             parts.append(f'<text y="{bottom - height - 4:.1f}" {middle}>{count}</text>')
         if number % every == 0:
             parts.append(f'<text y="{bottom + 16}" {middle}>{escape(bar.label)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH}"/>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" class="middle">{axis}</text>')
+    parts.append(f'<path class="axis" d="M{left:g} {bottom}H{WIDTH}"/>')
+    parts.append(f'<text x="{(left + WIDTH) / 2:g}" y="{HEIGHT - 5}" class="middle">{axis}</text>')
     return figure(title, WIDTH, HEIGHT, "".join(parts))
 
 
@@ -75,8 +74,8 @@ def figure(title: str, width: float, height: float, body: str) -> str:
     )
 
 
-def _level(value: float, at: float) -> str:
+def _level(value: float, left: float, at: float) -> str:
     return (
-        f'<path class="grid" d="M{LEFT} {at}H{WIDTH}"/>'
-        f'<text x="{LEFT - 7}" y="{at + 4}" class="end">{short_number(value)}</text>'
+        f'<path class="grid" d="M{left:g} {at:g}H{WIDTH}"/>'
+        f'<text x="{left - GAP:g}" y="{at + 4:g}" class="end">{short_number(value)}</text>'
     )

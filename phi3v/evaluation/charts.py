@@ -4,18 +4,21 @@
 
 A chart is text of about 10 kB whatever the length of the run: a curve of more than 400 points is
 thinned to the lowest and highest point of each of 200 stretches, so that no spike is lost. Lines
-differ in their dashes as well as in their colours. The page must include `CHART_STYLE` and define
-the colours `--muted` and `--rule`.
+differ in their dashes as well as in their colours; the first of several is broad, so that it is
+seen below one that covers it. The page must include `CHART_STYLE` and define the colours `--muted`
+and `--rule`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate, chain
 
 WIDTH, HEIGHT = 480, 250  # units of the viewBox; the page scales it to its column
-LEFT, RIGHT, TOP, BOTTOM = 52, 22, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 10, 40  # LEFT is more where a label needs it
+GAP = 7  # between a label and the axis
+LETTER, WIDE_LETTER = 9.6, 14.3  # units at the size of a phone, in the wide font DejaVu Sans
 NUM_TICKS = 5
 MOST_POINTS = 400
 NUM_STYLES = 6  # the classes s0 ... s5 of lines and their keys
@@ -62,9 +65,11 @@ def line_chart(title: str, curves: Sequence[Curve], is_percent: bool = False) ->
         return ""
     x, y = _axes(list(chain.from_iterable(_extent(curve) for curve in curves)), is_percent)
     lines = "".join(_curve(curve, index, x, y) for index, curve in enumerate(curves))
+    several = ' class="several"' if len(curves) > 1 else ""
     return (
         f"<figure><figcaption>{escape(title)}{_legend(curves)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by step">'
+        f'<svg{several} viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)} by step">'
         f"{_grid(x, y, is_percent)}{lines}</svg></figure>\n"
     )
 
@@ -85,12 +90,19 @@ def smooth(points: Points) -> Points:
     return means
 
 
+def left_margin(labels: Iterable[str]) -> float:
+    """Return the units that labels left of the axis need, LEFT at least: charts line up then."""
+    widths = (sum(WIDE_LETTER if c in "%MG" else LETTER for c in label) for label in labels)
+    return max(LEFT, GAP + max(widths))
+
+
 def short_number(value: float) -> str:
     """Write a number in a few characters: 1234.5 -> 1,234; 0.05 -> 0.05; 2.1e7 -> 21M."""
+    rounded = float(f"{value:.3g}")  # first, or 999,999 would be 1e+03k
     for unit, suffix in _UNITS:
-        if abs(value) >= unit:
+        if abs(rounded) >= unit:
             divisor = 1e3 if suffix == "k" else unit
-            return f"{value / divisor:.3g}{suffix}"
+            return f"{rounded / divisor:.3g}{suffix}"
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}".replace("e-0", "e-")
@@ -103,16 +115,18 @@ def _extent(curve: Curve) -> Points:
 
 def _axes(points: Points, is_percent: bool) -> tuple[_Axis, _Axis]:
     steps, values = [step for step, _ in points], [value for _, value in points]
-    low, high = _widen(min(steps), max(steps))
-    inside = [tick for tick in _ticks(low, high) if low <= tick <= high]
-    x = _Axis(low, high, LEFT, WIDTH - RIGHT, inside)
     low, high = _widen(min(values), max(values))
+    if min(values) >= 0:  # a rate, a count or a loss is never less
+        low = max(low, 0.0)
     if is_percent and max(values) <= 1:  # of shares there is no more than all
         high = min(high, 1.0)
     if 0 < low < high / 2:  # show zero unless that would flatten the curve
         low = 0.0
     ticks = _ticks(low, high)
-    return x, _Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, ticks)
+    y = _Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, ticks)
+    low, high = _widen(min(steps), max(steps))
+    inside = [tick for tick in _ticks(low, high) if low <= tick <= high and _is_whole(tick)]
+    return _Axis(low, high, left_margin(_labels(ticks, is_percent)), WIDTH - RIGHT, inside), y
 
 
 def _widen(low: float, high: float) -> tuple[float, float]:
@@ -121,6 +135,10 @@ def _widen(low: float, high: float) -> tuple[float, float]:
         return low, high
     margin = abs(low) / 10 or 1.0
     return low - margin, high + margin
+
+
+def _is_whole(tick: float) -> bool:
+    return math.isclose(tick, round(tick), abs_tol=1e-9)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -133,32 +151,37 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _grid(x: _Axis, y: _Axis, is_percent: bool) -> str:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    left, right, bottom = x.start, WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = []
     for tick, label in zip(y.ticks, _labels(y.ticks, is_percent), strict=True):
         at = y.place(tick)
-        parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" class="end">{label}</text>')
+        parts.append(f'<path class="grid" d="M{left:g} {at:.1f}H{right}"/>')
+        parts.append(f'<text x="{left - GAP:g}" y="{at + 4:.1f}" class="end">{label}</text>')
     for tick, label in zip(x.ticks, _labels(x.ticks), strict=True):
         at = x.place(tick)
         parts.append(f'<path class="axis" d="M{at:.1f} {bottom}v4"/>')
         parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" class="middle">{label}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
-    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" class="middle">step</text>')
+    parts.append(f'<path class="axis" d="M{left:g} {bottom}H{right}"/>')
+    parts.append(f'<text x="{(left + right) / 2:g}" y="{HEIGHT - 6}" class="middle">step</text>')
     return "".join(parts)
 
 
 def _labels(ticks: Sequence[float], is_percent: bool = False) -> list[str]:
-    """Write ticks in the unit of the largest: 0, 5k, 10k; 0, 5e-6, 10e-6."""
+    """Write ticks in the unit of the largest: 0, 5k, 10k; tiny ones each in its own: 5e-6, 1e-5."""
     if is_percent:
         return [f"{100 * tick:.4g}%" for tick in ticks]
     largest = max(abs(tick) for tick in ticks)
     if largest < 0.01:
-        power = math.floor(math.log10(largest / NUM_TICKS))
-        return [f"{tick / 10**power:.3g}e{power}" if tick else "0" for tick in ticks]
+        return [_scientific(tick) if tick else "0" for tick in ticks]
     unit, suffix = next(((u, s) for u, s in _UNITS if largest >= u), (1.0, ""))
     divisor = 1e3 if suffix == "k" else unit
     return [f"{tick / divisor:,.4g}{suffix}".replace("e-0", "e-") for tick in ticks]
+
+
+def _scientific(value: float) -> str:
+    """1.5e-3 rather than 1.500e-03."""
+    factor, power = f"{value:.3e}".split("e")
+    return f"{float(factor):g}e{int(power)}"
 
 
 def _curve(curve: Curve, index: int, x: _Axis, y: _Axis) -> str:
@@ -182,7 +205,9 @@ def _spans(curve: Curve, index: int, x: _Axis, y: _Axis) -> str:
 def _line(points: Points, style: str, x: _Axis, y: _Axis) -> str:
     places = [(x.place(step), y.place(value)) for step, value in _thin(points)]
     if len(places) == 1:
-        return f'<circle class="{style}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>'
+        across, down = places[0]
+        radius = 3 + 2.5 * int(style[1])  # rings around one another where points coincide
+        return f'<circle class="{style}" cx="{across:.1f}" cy="{down:.1f}" r="{radius:g}"/>'
     path = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
     return f'<polyline class="{style}" points="{path}"/>'
 
@@ -225,9 +250,10 @@ svg text { font-size: 12.5px; fill: var(--muted); font-variant-numeric: tabular-
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--muted); }
 .bar { fill: var(--s0); print-color-adjust: exact; }
-polyline, .key path, .span { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+polyline, circle, .key path, .span { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .s0 { stroke: var(--s0); }
-.s1 { stroke: var(--s1); stroke-dasharray: 7 3; }
+.several polyline.s0:not(.faint), .key .s0 { stroke-width: 3.6; }
+.s1 { stroke: var(--s1); stroke-dasharray: 5 4; }
 .s2 { stroke: var(--s2); stroke-dasharray: 2 2.5; }
 .s3 { stroke: var(--s3); stroke-dasharray: 9 3 2 3; }
 .s4 { stroke: var(--s4); stroke-dasharray: 4 2; }

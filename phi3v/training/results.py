@@ -50,6 +50,7 @@ def write_results(
         title=folder.path.name,
         steps=steps,
         summary=summary,
+        epochs=epochs(cfg, data, sum(step["samples"] for step in steps)),
         evaluations=folder.read_evaluations(),
         examples=evaluation.examples() if evaluation else (),
         data=data.get("datasets", ()),
@@ -77,7 +78,7 @@ def saved(folder: RunFolder) -> list[Saved]:
                 found.append(Saved(step, "", 0, (*marks, "damaged")))
             continue
         size = sum(file["bytes"] for file in manifest["files"].values())
-        found.append(Saved(step, f"{manifest['saved_at'][:19]}Z", size, marks))
+        found.append(Saved(step, manifest["saved_at"][:19].replace("T", " "), size, marks))
     return found
 
 
@@ -102,6 +103,19 @@ def totals(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the steps add up to."""
     names = ("samples", "tokens", "label_tokens", "views", "flops", "step_seconds")
     return {name: sum(step[name] for step in steps) for name in names}
+
+
+def epochs(cfg: RunConfig, data: Mapping[str, Any], samples: int) -> float | None:
+    """How often a run that trained so many samples went over its data; None where unknown.
+
+    data  content of data.json; an epoch holds the samples of a folder of weight 2 twice
+    """
+    if cfg.debug.overfit_one_pack:
+        return None
+    sizes = [folder["splits"]["train"]["samples"] for folder in data.get("datasets", ())]
+    if len(sizes) != len(cfg.data.parts):  # a run begun before data.json told them
+        return None
+    return samples / sum(n * part.weight for n, part in zip(sizes, cfg.data.parts, strict=True))
 
 
 def throughput(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

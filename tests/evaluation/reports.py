@@ -40,10 +40,10 @@ SUMMARY = {
         "title_exact_match_unseen": rate(None, None, None, 0),
         "blind_category_accuracy": rate(0.125, 0.0859, 0.168),
     },
-    "totals": {"tokens": 8123456},
+    "totals": {"tokens": 8123456, "flops": 4.40899e11, "step_seconds": 28.2988},
     "paths": {"report": "runs/<x>"},
     "is_finished": True,
-    "seconds": 1523.25,
+    "evaluation_loss": 1.23456,
 }
 PICTURE = np.full((300, 400, 3), 128, dtype=np.uint8)
 EXAMPLES = (
@@ -83,12 +83,13 @@ FULL = Report(
     title="products & more",
     steps=[step(n, grad_norms={"vision": 1.0, "head": 2.0}, mfu=0.4) for n in range(1, 30)],
     summary=SUMMARY,
+    epochs=8.04,
     evaluations=[evaluation(10, 0.25), evaluation(20, 0.5)],
     examples=EXAMPLES,
     data=[DATA],
     checkpoints=[
-        Saved(10, "2026-11-21T20:00:00Z", 50_123_456_789),
-        Saved(20, "2026-11-21T21:00:00Z", 50_123_456_789, ("latest", "best")),
+        Saved(10, "2026-11-21 20:00:00", 50_123_456_789),
+        Saved(20, "2026-11-21 21:00:00", 50_123_456_789, ("latest", "best")),
     ],
     faults=[
         {"step": 7, "reason": "the loss is not finite", "loss": None},

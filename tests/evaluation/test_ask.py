@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from phi3v.errors import CheckpointError, ConfigError, SampleError
-from phi3v.evaluation.ask import ask, make_prompt
+from phi3v.evaluation.ask import ask, make_prompt, open_shown
 from phi3v.evaluation.models import open_model
 from phi3v.model import Phi3VForCausalLM
 from phi3v.processing import Phi3VProcessor
@@ -112,17 +112,29 @@ def test_a_tag_without_a_picture_is_refused(tiny_model: Path) -> None:
         ask(str(tiny_model), "<|image_1|>?", [], NEW_TOKENS)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no picture", b"\xff\xd8\xff\xe0 cut off"])
-def test_a_file_that_is_no_picture_is_refused(
-    tiny_model: Path, tmp_path: Path, content: bytes | None
-) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "its format is not known"),
+        (b"no picture", "its format is not known"),
+        (b"\xff\xd8\xff\xe0 cut off", "Truncated File Read"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "picture.jpg"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        ask(str(tiny_model), "What?", [path], NEW_TOKENS)
-    assert str(caught.value).startswith(f"--image {path} cannot be read (")
-    assert str(caught.value).endswith("); name a picture")
+        open_shown(path)
+    assert str(caught.value) == (
+        f"--image {path} is no picture that can be read ({reason}); name a picture"
+    )
+
+
+def test_a_picture_that_is_not_there_is_told_by_its_path_once(tmp_path: Path) -> None:
+    for path, fault in ((tmp_path, "is a folder"), (tmp_path / "no.jpg", "does not exist")):
+        with pytest.raises(ConfigError) as caught:
+            open_shown(path)
+        assert str(caught.value) == f"--image {path} {fault}; name a picture"
 
 
 # --- the model ---
@@ -131,7 +143,7 @@ def test_a_file_that_is_no_picture_is_refused(
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
     for attempt in (lambda: ask(missing, "What?", [], 4), lambda: open_model(missing, 4)):
-        with pytest.raises(ConfigError, match=f"{missing} has no preprocessor_config.json; name a"):
+        with pytest.raises(ConfigError, match=f"there is no folder {missing}, and its name"):
             attempt()
 
 

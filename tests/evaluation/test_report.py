@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.evaluation.charts import Curve, line_chart, short_number, smooth
+from phi3v.evaluation.bars import Bar, bar_chart
+from phi3v.evaluation.charts import Curve, left_margin, line_chart, short_number, smooth
 from phi3v.evaluation.report import Example, Report, write_report
 from phi3v.evaluation.report.page import MOST_BYTES
+from phi3v.evaluation.report.words import operations
 from tests.evaluation.reports import BARE, DATA, EXAMPLES, FULL, SUMMARY, evaluation, rate, step
 from tests.page import Page
 
@@ -46,7 +48,7 @@ def test_the_page_needs_nothing_from_outside(render):
 def test_everything_from_the_run_is_escaped(render):
     page = render(report=FULL)
     assert "<script" not in page.source and "<b>belt" not in page.source
-    texts = ("A <script>x</script>", "A bag & a <b>belt</b>", "models/<tiny>", "runs/<x>")
+    texts = ("A <script>x</script>", "A bag & a <b>belt</b>", "models/<tiny>")
     for text in (*texts, "row-<7>", "shards/<one>", "run: {out: <x>}"):
         assert text in page.text
     assert page.text.count("products & more") == 2  # title and heading
@@ -104,7 +106,7 @@ def test_pictures_are_small_jpegs_and_answers_are_marked_in_words(render):
 
 def test_a_shared_prompt_is_shown_once_and_others_with_their_row(render):
     text = render().text
-    assert text.count("What is it?") == 1 and "<|" not in text.replace("<|image|>", "")
+    assert text.count("[image] What is it?") == 1 and "<|" not in text
     other = Example(
         None,
         "<|user|>\nAnd?<|end|>\n<|assistant|>\nSo.<|end|>\n<|user|>\nYes?",
@@ -150,7 +152,7 @@ def test_an_evaluation_without_a_score_has_no_point(render):
 
 def test_the_data_is_told_by_dataset_and_split(render):
     page = render(report=FULL)
-    for shown in ("2,700", "187,001", "2,711", "20,801"):
+    for shown in ("2,700", "187,001", "2,711", "20,801", "not counted"):
         assert shown in page.text
     rejected = "12 rows were rejected: image cannot be read (9), too many tokens (3)."
     assert rejected in page.text
@@ -160,7 +162,7 @@ def test_the_data_is_told_by_dataset_and_split(render):
 
 def test_checkpoints_and_faults_are_listed(render):
     text = render(report=FULL).text
-    for shown in ("2026-11-21T21:00:00Z", "50.123", "latest, best"):
+    for shown in ("2026-11-21 21:00:00", "50.123", "latest, best"):
         assert shown in text
     for shown in ("the loss is not finite", "back to 5", "2 steps are left out"):
         assert shown in text
@@ -174,7 +176,7 @@ def test_a_long_list_shows_its_newest_lines_and_says_so(render):
 
 
 def test_the_page_says_when_it_was_written_in_utc(render):
-    assert re.search(r"Written 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", render().text)
+    assert re.search(r"Written 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", render().text)
 
 
 def test_the_page_of_a_huge_run_stays_small(render, tmp_path):
@@ -200,12 +202,47 @@ def test_the_page_of_a_huge_run_stays_small(render, tmp_path):
 
 def test_small_learning_rates_have_short_ticks():
     chart = line_chart("Rate", [Curve("lr", [(1, 0.0), (2, 1e-3)])])
-    assert ">2e-4<" in chart and ">10e-4<" in chart and ">0<" in chart
+    assert ">2e-4<" in chart and ">1e-3<" in chart and ">0<" in chart
+    chart = line_chart("Rate", [Curve("lr", [(1, 0.0), (2, 3e-3)])])
+    assert ">1e-3<" in chart and ">2e-3<" in chart and ">3e-3<" in chart
 
 
 def test_an_axis_of_shares_ends_at_all_of_them():
     chart = line_chart("Rate", [Curve("x", [(1, 1.0), (2, 1.0)])], is_percent=True)
     assert ">100%<" in chart and ">105%<" not in chart
+
+
+@pytest.mark.parametrize("is_percent", [False, True])
+def test_an_axis_of_what_is_never_negative_does_not_go_below_zero(is_percent):
+    for points in ([(1, 0.0), (2, 0.0)], [(1, 0.0)]):
+        chart = line_chart("Rate", [Curve("x", points)], is_percent)
+        assert ">0%<" in chart if is_percent else ">0<" in chart
+        assert not re.search(r">-[\d.]+%?<", chart)
+
+
+def test_the_left_margin_holds_the_longest_label():
+    """62.5% takes 55 units on a phone: four digits and marks, and a wide percent sign."""
+    assert left_margin(["0%", "62.5%"]) > 55 > left_margin(["0%", "50%"])
+    chart = line_chart("Rate", [Curve("x", [(1, 0.61), (2, 0.63)])], is_percent=True)
+    left = float(re.search(r'class="grid" d="M([\d.]+) ', chart)[1])
+    assert left == pytest.approx(left_margin(["61.5%"]))
+    bars = bar_chart("Samples", [Bar("1", 12_300, "")], "tokens")
+    assert f"M{left_margin(['12.3k']):g} " in bars
+
+
+def test_the_first_of_several_lines_is_broad_and_rings_grow():
+    """So both are seen where the held-out line and its blind control coincide."""
+    flat = [(1, 0.5), (2, 0.5)]
+    both = line_chart("x", [Curve("held-out", flat), Curve("blind", flat)])
+    assert both.count('<svg class="several"') == 1
+    assert "several" not in line_chart("x", [Curve("held-out", flat)])
+    rings = line_chart("x", [Curve("held-out", flat[:1]), Curve("blind", flat[:1])])
+    assert len(set(re.findall(r' r="([\d.]+)"', rings))) == 2
+
+
+def test_the_axis_of_a_single_step_shows_whole_steps():
+    chart = line_chart("x", [Curve("x", [(4, 1.0)])])
+    assert ">4<" in chart and ">3.6<" not in chart
 
 
 def test_the_blind_column_is_left_out_where_nothing_was_asked_blind(render):
@@ -215,8 +252,17 @@ def test_the_blind_column_is_left_out_where_nothing_was_asked_blind(render):
 
 def test_totals_and_settings_are_listed(render):
     text = render().text
-    for shown in ("8,123,456", "1,523.25", "models/<tiny>"):
+    for shown in ("8,123,456", "441 GFLOP", "time in steps28 s", "1.235", "models/<tiny>"):
         assert shown in text
+    assert "runs/<x>" not in text, "where the run lay says nothing to a colleague"
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"),
+    [(0.0, "0 FLOP"), (999.9e9, "1 TFLOP"), (4.40899e11, "441 GFLOP"), (2.43e19, "24.3 EFLOP")],
+)
+def test_operations_are_told_in_a_few_digits(flops, text):
+    assert operations(flops) == text
 
 
 def test_the_throughput_is_told_without_what_was_not_measured(render):
@@ -249,9 +295,11 @@ def test_values_that_are_no_number_do_not_reach_a_chart(render):
 
 
 def test_the_key_facts_sum_up_the_steps(render):
-    text = render([step(n, step_seconds=60.0, loss=2.0) for n in range(1, 121)]).text
-    for shown in ("120steps", "12epochs", "2loss, mean of the last 20 steps", "2 h 00 min"):
+    steps = [step(n, step_seconds=60.0, loss=2.0) for n in range(1, 121)]
+    text = render(steps, epochs=8.04).text
+    for shown in ("120steps", "8.0epochs", "2loss, mean of the last 20 steps", "2 h 00 min"):
         assert shown in text
+    assert "epochs" not in render(steps).text, "left out where unknown"
 
 
 def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(render, tmp_path, monkeypatch):
@@ -305,6 +353,7 @@ def test_smoothing_keeps_a_constant_and_does_not_lag_behind_a_slope():
         (1234.5, "1,234"),
         (15000, "15k"),
         (2.1e7, "21M"),
+        (999_999, "1M"),
     ],
 )
 def test_short_numbers(value, text):

@@ -9,7 +9,7 @@ import pytest
 
 from phi3v.evaluation.report import write_report
 from tests.browser import Browser, needs_chromium, started
-from tests.evaluation.reports import FULL
+from tests.evaluation.reports import FULL, evaluation, rate
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 
@@ -74,6 +74,30 @@ def test_every_picture_is_decoded_and_every_chart_has_its_size(
         "[...document.querySelectorAll('figure > svg')].map(e => e.getBoundingClientRect().height)"
     )
     assert len(heights) == 12 and min(heights) > 100
+
+
+def test_no_label_of_a_chart_is_cut_off_on_a_phone(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(path, replace(FULL, evaluations=[evaluation(n, 0.6 + n / 500) for n in (4, 8)]))
+    browser.open(path, PHONE)
+    cut = """[...document.querySelectorAll("figure > svg text")].filter(e => {
+      const [text, whole] = [e, e.closest("svg")].map(e => e.getBoundingClientRect());
+      return text.left < whole.left || text.right > whole.right; }).map(e => e.textContent)"""
+    assert browser.run(cut) == []
+
+
+def test_the_longest_score_and_its_number_of_rows_are_on_one_line(
+    browser: Browser, tmp_path: Path
+) -> None:
+    scores = {name: rate(1.0, 1.0, 1.0, 1256) for name in ("anls", "blind_anls")}
+    path = tmp_path / "report.html"
+    write_report(path, replace(FULL, summary={"metrics": scores}))
+    for width in (DESKTOP, PHONE):
+        browser.open(path, width)
+        heights = browser.run(
+            "[...document.querySelectorAll('.metrics td')].map(e => e.clientHeight)"
+        )
+        assert max(heights) < 80 if width == DESKTOP else max(heights) < 40
 
 
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])

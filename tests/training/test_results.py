@@ -16,7 +16,7 @@ from phi3v.evaluation.report import Saved
 from phi3v.training import results
 from phi3v.training.checkpoints.store import publish
 from phi3v.training.opening import describe_data
-from phi3v.training.results import best_scores, saved, throughput, write_results
+from phi3v.training.results import best_scores, epochs, saved, throughput, write_results
 from phi3v.training.run_folder import RunFolder
 from tests.page import Page
 from tests.training.saved import save_partial
@@ -127,6 +127,17 @@ def test_summary_and_report_tell_the_throughput_and_every_dataset(
     assert "shards/one, shards/two x 0.25 (12 samples, abc)" in report
 
 
+def test_epochs_are_samples_over_those_of_the_datasets_by_their_weights(
+    run: tuple[RunFolder, RunConfig],
+) -> None:
+    _, cfg = run
+    folders = [{"splits": {"train": {"samples": n}}} for n in (120, 40)]
+    assert epochs(cfg, {"datasets": folders}, 1040) == 8.0  # an epoch: 120 + 0.25 * 40
+    assert epochs(cfg, {"samples": 12}, 1040) is None
+    overfit = replace(cfg, debug=replace(cfg.debug, overfit_one_pack=True))
+    assert epochs(overfit, {"datasets": folders}, 1040) is None
+
+
 def test_an_evaluation_is_in_the_report_the_answers_and_a_line(
     run: tuple[RunFolder, RunConfig], tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +173,7 @@ def test_the_report_names_checkpoints_that_are_there_whole_or_not(
         save_partial(folder.checkpoints, number, saved_at="2026-11-21T20:00:00.123456+00:00")
         publish(folder.checkpoints, number)
     (folder.checkpoints / "step-00000002" / "manifest.json").write_text("{}")
-    whole = Saved(1, "2026-11-21T20:00:00Z", 240)
+    whole = Saved(1, "2026-11-21 20:00:00", 240)
     assert saved(folder) == [
         whole,
         Saved(2, "", 0, ("damaged",)),

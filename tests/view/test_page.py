@@ -151,7 +151,7 @@ def test_the_tokenizer_must_be_the_datasets(view: View, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", text_pieces=20)
     with pytest.raises(ConfigError, match="^model .*other has tokenizer .* made with .*--model$"):
         view(model=str(other))
-    with pytest.raises(ConfigError, match="^model .*nothing has no .*; --model says where"):
+    with pytest.raises(ConfigError, match="^there is no folder .*nothing, .*; --model says where"):
         view(model=str(tmp_path / "nothing"))
 
 

@@ -14,6 +14,7 @@ PICTURE_PIXELS = 200
 PICTURE_BYTES = 20_000  # of a JPEG, above which its quality is lowered
 MOST_EXAMPLES = 24
 CONTROL = re.compile(r"<s>|<\|(?:user|end|assistant)\|>")
+IMAGE = re.compile(r"<\|image(?:_\d+)?\|>(?:<s>)?\n?")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def _row(example: Example, number: int, shows_prompt: bool, has_blind: bool) -> 
 
 def _question(prompt: str) -> str:
     """A prompt of one turn without the chat template's tokens; longer ones need them."""
+    prompt = IMAGE.sub("[image] ", prompt)
     is_one_turn = prompt.count("<|user|>") == 1 and "<|system|>" not in prompt
     return CONTROL.sub("", prompt).strip() if is_one_turn else prompt
 
@@ -83,7 +85,7 @@ def _question(prompt: str) -> str:
 def _scores(scores: Mapping[str, float | None]) -> str:
     known = ((name, value) for name, value in scores.items() if value is not None)
     return "".join(
-        f"<small>{escape(name).replace('_', '_<wbr>')} <b>{metric_value(name, value)}</b></small>"
+        f" <small>{escape(name).replace('_', '_<wbr>')} <b>{metric_value(name, value)}</b></small>"
         for name, value in known
     )
 

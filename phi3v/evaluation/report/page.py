@@ -41,7 +41,8 @@ class Report:
 
     steps        lines of metrics.jsonl in order; a value may be null or absent
     summary      the content of summary.json: `metrics`, `throughput`, totals (top level or under
-                 `totals`), paths
+                 `totals`)
+    epochs       passes over the training samples, or None where unknown
     evaluations  lines of evaluations.jsonl in order
     data         `datasets` of data.json
     checkpoints  oldest first
@@ -53,6 +54,7 @@ class Report:
     title: str
     steps: Sequence[Step] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
+    epochs: float | None = None
     evaluations: Sequence[Mapping[str, Any]] = ()
     examples: Sequence[Example] = ()
     data: Sequence[Mapping[str, Any]] = ()
@@ -66,8 +68,8 @@ def write_report(path: Path, report: Report) -> None:
     """Write the page, whole or not at all."""
     sections = {name: body for name, body in _sections(report) if body}
     links = "".join(f'<a href="#{name}">{name}</a>' for name in sections)
-    written = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-    below = f'<p class="note">Written {written} (UTC)</p><nav>{links}</nav>'
+    written = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+    below = f'<p class="note">Written {written}</p><nav>{links}</nav>'
     head = heading(report.title, _key_facts(report), below)
     body = head + "".join(sections.values())
     write_text(path, html_page(report.title, body, CHART_STYLE + REPORT_STYLE))
@@ -93,10 +95,10 @@ def _key_facts(report: Report) -> list[tuple[str, str]]:
     if not steps:
         return [("steps", "0")]
     facts = [("steps", f"{steps[-1]['step']:,}")]
-    epochs, losses = values(steps, "epoch"), values(steps, "loss")
+    losses = values(steps, "loss")
     speeds, seconds = values(steps, "tokens_per_second"), values(steps, "step_seconds")
-    if epochs:
-        facts.append(("epochs", short_number(epochs[-1])))
+    if report.epochs is not None:
+        facts.append(("epochs", f"{report.epochs:,.1f}"))
     if losses:
         last = losses[-FINAL_STEPS:]
         label = f"loss, mean of the last {len(last)} steps (first step {losses[0]:.3g})"

@@ -118,7 +118,7 @@ def _section(name: str, title: str, body: str) -> str:
 
 
 def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
+    return "not counted" if value is None else f"{value:,}"
 
 
 def _loss(value: float | None) -> str:

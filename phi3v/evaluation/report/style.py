@@ -1,9 +1,9 @@
 """Style of the report, after the shared rules and those of the charts."""
 
 REPORT_STYLE = """
-.metrics thead th { width: 32%; } .metrics thead th:first-child { width: 36%; }
-.metrics b { display: inline-block; min-width: 4.3em; font-size: 1.13em; }
-.interval { display: inline-block; min-width: 8.2em; }
+.metrics thead th { width: 33%; } .metrics thead th:first-child { width: 34%; }
+.metrics b { display: inline-block; min-width: 4.3em; font-size: 1.13em; white-space: nowrap; }
+.interval { display: inline-block; min-width: 9em; }
 .n { color: var(--muted); font-size: 0.87em; white-space: nowrap; }
 .picture { width: 174px; }
 .picture img { display: block; max-width: 160px; max-height: 160px; border-radius: 4px; }
@@ -22,8 +22,12 @@ REPORT_STYLE = """
     padding: 3px 0; }
   td[data-label]::before { content: attr(data-label); display: block; color: var(--muted);
     font-size: 0.87em; }
-  .metrics td[data-label]::before { display: inline-block; width: 5em; }
+  .metrics td[data-label]::before { display: inline-block; width: 4.9em; }
   .list td:empty { display: none; }
   .list td[data-label]::before { display: inline-block; width: 9em; }
-  .metrics b { min-width: 3.8em; } .interval { min-width: 8em; } }
+  .metrics b { min-width: 4em; }
+  .examples td[data-label]::before { display: inline; margin-right: 8px; }
+  .examples tr { display: flow-root; }
+  .examples img { float: left; margin-right: 12px; }
+  .examples td small { display: inline-block; margin-right: 8px; } }
 """

@@ -16,6 +16,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def operations(flops: float) -> str:
+    """441 GFLOP, 24.3 EFLOP."""
+    value = float(f"{flops:.3g}")  # first, or 999.9 GFLOP would be 1e+03 GFLOP
+    unit, prefix = next(((u, p) for u, p in _PREFIXES if value >= u), (1.0, ""))
+    return f"{value / unit:,g} {prefix}FLOP"
+
+
+_PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
 def metric_value(name: str, value: float | None) -> str:
     """A metric's value as it is read: a rate in percent."""
     if value is None:
@@ -62,18 +72,31 @@ def throughput_facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def totals_facts(summary: Mapping[str, Any]) -> dict[str, str]:
-    """What summary.json says in one value each, `totals` and `paths` first."""
-    entries = {**(summary.get("totals") or {}), **(summary.get("paths") or {}), **summary}
+    """What summary.json says in one value each, `totals` first."""
+    entries = {**(summary.get("totals") or {}), **summary}
     return {
-        name.replace("_", " "): _plain(value)
+        _LABELS.get(name) or name.replace("_", " "): _plain(name, value)
         for name, value in entries.items()
         if isinstance(value, str | int | float)
     }
 
 
-def _plain(value: str | float) -> str:
+_LABELS = {
+    "label_tokens": "trained tokens",
+    "flops": "computed in steps",
+    "step_seconds": "time in steps",
+    "evaluation_loss": "held-out loss",
+    "is_finished": "finished",
+}
+
+
+def _plain(name: str, value: str | float) -> str:
+    if isinstance(value, str):
+        return shortened(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:,.6g}"
-    return f"{value:,}" if isinstance(value, int) else shortened(value)
+    if name == "flops":
+        return operations(value)
+    if name.endswith("seconds"):
+        return duration(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
