@@ -10,6 +10,7 @@ The folder is verified before it gets its name: every tensor, and the answer to 
 import argparse
 from pathlib import Path
 
+from phi3v.errors import ConfigError
 from phi3v.training.ranks import run_command, set_environment
 
 
@@ -34,8 +35,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--step", type=int, help="default: the newest checkpoint")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the base model's")
     parser.add_argument("--llama-cpp", action="store_true", help="the language model alone")
@@ -43,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="if --push creates it")
     arguments = parser.parse_args()
     if arguments.private and not arguments.push:
-        parser.error("--private says how --push creates a repository; add --push, or leave it out")
+        raise ConfigError("--private is for --push, which is not given; add it, or leave this out")
     return arguments
 
 

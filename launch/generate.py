@@ -35,12 +35,13 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("model", metavar="MODEL")
+    add("model", metavar="MODEL", help="what answers: a folder, a run folder, or a hub name")
     add("--prompt", metavar="TEXT", help="one question")
     add("--chat", action="store_true", help="a conversation on stdin")
     add("--jsonl", type=Path, metavar="IN", help="a file of questions")
     add("--out", type=Path, metavar="OUT", help="file of the answers to --jsonl")
-    add("--image", type=Path, nargs="+", default=[], metavar="FILE", dest="images")
+    images = "pictures that are shown with the question, or with the first of --chat"
+    add("--image", type=Path, nargs="+", default=[], metavar="FILE", dest="images", help=images)
     add("--system", metavar="TEXT", help="what the model is told first")
     stream = argparse.BooleanOptionalAction
     add("--stream", action=stream, help="show the answer as it comes; default: on a terminal")

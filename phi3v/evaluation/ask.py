@@ -6,12 +6,13 @@
 Pictures stand before the text unless its tags <|image_1|>, <|image_2|>, ... place them.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.generation import Generator, Prompt
@@ -37,7 +38,7 @@ class Asker:
         Raises: ConfigError if a picture cannot be read; SampleError if the tags do not fit them, or
         the prompt is too long.
         """
-        pictures = [_open(path) for path in images]
+        pictures = [open_shown(path) for path in images]
         prompt = self.prompt([user_turn(text, len(pictures))], pictures)
         if show:
             return self.generator.stream(prompt, show)
@@ -99,15 +100,38 @@ def open_picture(path: Path) -> Image.Image:
 
     Raises: SampleError if it cannot be read.
     """
+    if fault := file_fault(path):
+        raise SampleError(f"{path} {fault}; name a picture")
     try:
         image = Image.open(path)
         image.load()
     except Exception as error:  # Pillow's decoders: OSError, SyntaxError, RuntimeError and others
-        raise SampleError(f"{path} cannot be read ({error}); name a picture") from error
+        reason = _reason(error)
+        raise SampleError(
+            f"{path} is no picture that can be read ({reason}); name a picture"
+        ) from error
     return image
 
 
-def _open(path: Path) -> Image.Image:
+def file_fault(path: Path) -> str | None:
+    """Why a path names no file: it "does not exist", "is a folder"; None if it names one."""
+    if os.path.isdir(path):  # False for a text of any kind, where Path.is_dir may raise
+        return "is a folder"
+    return None if os.path.exists(path) else "does not exist"
+
+
+def _reason(error: Exception) -> str:
+    """Why Pillow refuses a file, without the file's path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its format is not known"
+    return getattr(error, "strerror", None) or str(error)
+
+
+def open_shown(path: Path) -> Image.Image:
+    """Open a picture of --image.
+
+    Raises: ConfigError if it cannot be read.
+    """
     try:
         return open_picture(path)
     except SampleError as error:

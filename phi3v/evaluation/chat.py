@@ -62,6 +62,8 @@ class Chat:
     def _take(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         if command == "/image":
+            if not rest:
+                raise SampleError("/image needs a file, as in /image picture.jpg")
             self.add_picture(Path(rest.strip()).expanduser())
         elif line == "/reset":
             self.messages, self.pictures, self.num_shown = [], [], 0

@@ -3,42 +3,59 @@
     {"id": "a", "prompt": "What is it?", "images": ["a.jpg"]}      ->  {"id": "a", "prediction": ..}
     {"id": "b", "messages": [{"role": "user", "content": "Hi"}]}   ->  {"id": "b", "error": ..}
 
-A row with `messages` is as `prepare` takes it; if its last message is an answer, that is what is
-asked for, and it is not shown to the model. Paths of images start at the file's folder. Rows are
-read, answered and written some at a time, so a file may be of any length; the answers have their
-name when all are written.
+A row has a `prompt`, or `messages` as `prepare` takes them; if the last of these is an answer, that
+is what is asked for, and it is not shown to the model. Paths of images start at the file's folder.
+Rows are read, answered and written some at a time, so a file may be of any length; the answers have
+their name when all are written.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from phi3v.errors import ConfigError, SampleError
-from phi3v.evaluation.ask import Asker, open_picture, user_turn
+from phi3v.evaluation.ask import Asker, file_fault, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
 from phi3v.files import replacing
 from phi3v.processing.prompt import Message
 from phi3v.progress import progress
 
+ASKING = ("prompt", "messages")  # keys of a row, one of which it has
 BATCHES = 8  # read at once, so that rows of a length can share a batch
 
 ReadMessages = Callable[[Mapping[str, Any]], tuple[list[Message], list[Any]]]
 """The messages of a row, and the images that their tags stand for."""
 
 
-def answer_file(asker: Asker, source: Path, out: Path, read_messages: ReadMessages) -> None:
-    """Answer every row of a file; a row that cannot be has its reason in the place of an answer.
+def check_files(source: Path, out: Path) -> None:
+    """Refuse files that cannot be read or written, before a model is loaded.
 
-    Raises: ConfigError if a file cannot be opened; SampleError at the end, when all is written, if
-    there are rows without an answer.
+    Raises: ConfigError
     """
+    if fault := file_fault(source):
+        raise ConfigError(f"--jsonl {source} {fault}; name a file of JSON lines")
     if source.resolve() == out.resolve():
         raise ConfigError(f"--out {out} is the file that is read; name another")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it")
+    if out.exists() and not out.is_file():
+        raise ConfigError(
+            f"--out {out} is {'a folder' if out.is_dir() else 'no file'}; name a file"
+        )
+
+
+def answer_file(asker: Asker, source: Path, out: Path, read_messages: ReadMessages) -> int:
+    """Answer every row of a file; a row that cannot be has its reason in the place of an answer.
+
+    Returns the number of rows.
+    Raises: ConfigError if the file cannot be read; SampleError at the end, when all is written, if
+    there are rows without an answer.
+    """
     num_failed = 0
     total = sum(1 for _ in _lines(source))
-    out.parent.mkdir(parents=True, exist_ok=True)
     bar = progress(None, "answer", "row", total)
     with bar, replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
         lines = _lines(source)
@@ -52,6 +69,7 @@ def answer_file(asker: Asker, source: Path, out: Path, read_messages: ReadMessag
             f"{num_failed:,} of {total:,} rows of {source} have no answer; {out} says why in "
             "'error' of their lines, mend them and run again"
         )
+    return total
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str]]:
@@ -60,7 +78,8 @@ def _lines(source: Path) -> Iterator[tuple[int, str]]:
         with source.open(encoding="utf-8", errors="replace") as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except OSError as error:
-        raise ConfigError(f"--jsonl {source} cannot be read ({error}); name another") from error
+        reason = error.strerror
+        raise ConfigError(f"--jsonl {source} cannot be read ({reason}); name another") from error
 
 
 def _answer(
@@ -73,7 +92,7 @@ def _answer(
         result: dict[str, Any] = {"id": str(number)}
         results.append(result)
         try:
-            values = _parse(line)
+            values = _parse(line, number)
             result["id"] = values.get("id", result["id"])
             prompts[place] = _prompt(asker, values, root, read_messages)
         except SampleError as error:
@@ -84,33 +103,61 @@ def _answer(
     return results
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse(line: str, number: int) -> dict[str, Any]:
+    """Read a line of the file, which has this number there."""
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SampleError(f"no JSON: {error}") from error
+        values = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg}: column {error.colno}"
+        raise SampleError(f"line {number} is no JSON: {reason}") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a list in a list ...
+        raise SampleError(f"line {number} is no JSON that can be read: {error}") from error
     if not isinstance(values, dict):
-        raise SampleError(f"a row is a {type(values).__name__}, not an object of JSON")
+        raise SampleError(f"line {number} is a {type(values).__name__}, not an object of JSON")
     return values
 
 
 def _prompt(
     asker: Asker, values: Mapping[str, Any], root: Path, read_messages: ReadMessages
 ) -> Prompt:
-    text = values.get("prompt")
-    if isinstance(text, str):
-        images = values.get("images") or []
-        if not isinstance(images, list):
-            raise SampleError(f"'images' is a {type(images).__name__}, not a list of paths")
-        messages = [user_turn(text, len(images))]
-    elif "messages" in values:
-        messages, images = read_messages(values)
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages or messages[-1]["role"] != "user":
-            raise SampleError("'messages' holds nothing that asks for an answer")
-    else:
-        raise SampleError("a row has neither a 'prompt' text nor 'messages'")
+    given = [key for key in ASKING if values.get(key) is not None]
+    if len(given) > 1:
+        raise SampleError("a row has both a 'prompt' and 'messages'; leave one of them out")
+    if not given:
+        raise SampleError(f"a row has neither a 'prompt' nor 'messages'; {_advice(values)}")
+    messages, images = _asked(values) if given == ["prompt"] else _chat(values, read_messages)
     if strange := [image for image in images if not isinstance(image, str)]:
         raise SampleError(f"an image is a {type(strange[0]).__name__}, not a path")
     return asker.prompt(messages, [open_picture(root / image) for image in images])
+
+
+def _asked(values: Mapping[str, Any]) -> tuple[list[Message], list[Any]]:
+    """The one message of a row with a `prompt`, and its images."""
+    if "image" in values and "images" not in values:  # LLaVA's name, which would show nothing
+        raise SampleError("it has 'image'; write 'images': [PATH, ...]")
+    text, images = values["prompt"], values.get("images") or []
+    if not isinstance(text, str):
+        raise SampleError(f"'prompt' is a {type(text).__name__}, not a text")
+    if not isinstance(images, list):
+        raise SampleError(f"'images' is a {type(images).__name__}, not a list of paths")
+    return [user_turn(text, len(images))], images
+
+
+def _chat(
+    values: Mapping[str, Any], read_messages: ReadMessages
+) -> tuple[list[Message], list[Any]]:
+    """The messages of a row up to the answer that is asked for, and their images."""
+    messages, images = read_messages(values)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] != "user":
+        raise SampleError("'messages' holds nothing that asks for an answer")
+    return messages, images
+
+
+def _advice(values: Mapping[str, Any]) -> str:
+    """What a key of a row that asks nothing may have meant, or the keys that it has."""
+    for wanted in ASKING:
+        if close := get_close_matches(wanted, [key for key in values if key != wanted], n=1):
+            return f"it has {close[0]!r}: did you mean {wanted!r}?"
+    return f"its keys are {', '.join(values) or 'none'}"

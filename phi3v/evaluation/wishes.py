@@ -9,10 +9,10 @@ import torch
 
 from phi3v.config.running import EvalSection
 from phi3v.errors import ConfigError
-from phi3v.evaluation.ask import Asker
+from phi3v.evaluation.ask import Asker, open_shown
 from phi3v.evaluation.chat import Chat
 from phi3v.evaluation.generation import Generator, Sampling
-from phi3v.evaluation.requests import ReadMessages, answer_file
+from phi3v.evaluation.requests import ReadMessages, answer_file, check_files
 from phi3v.processing import Phi3VProcessor
 
 
@@ -67,6 +67,16 @@ class Wishes:
         if drawn and self.temperature is None:
             raise ConfigError(f"--{drawn[0]} needs --temperature; without it nothing is drawn")
 
+    def check_files(self) -> None:
+        """Refuse pictures and files that cannot be used, which is quick, unlike to load a model.
+
+        Raises: ConfigError
+        """
+        for path in self.images:
+            open_shown(path)
+        if self.jsonl and self.out:
+            check_files(self.jsonl, self.out)
+
     @property
     def settings(self) -> EvalSection:
         """As a model is opened by."""
@@ -87,6 +97,7 @@ def fulfil(
 
     base  folder or hub name of the processor
     """
+    wishes.check_files()
     processor = Phi3VProcessor.from_pretrained(base)
     generator = replace(open_generator(), sampling=wishes.sampling)
     asker = Asker(generator, processor, wishes.system)
@@ -97,7 +108,8 @@ def fulfil(
             chat.add_picture(path)
         chat.run(_typed())
     elif wishes.jsonl and wishes.out:
-        answer_file(asker, wishes.jsonl, wishes.out, read_messages)
+        total = answer_file(asker, wishes.jsonl, wishes.out, read_messages)
+        _note(f"rows answered: {total:,}, in {wishes.out}")
     elif wishes.prompt is not None:
         streams = sys.stdout.isatty() if wishes.stream is None else wishes.stream
         answer = asker.ask(wishes.prompt, wishes.images, show=_say if streams else None)

@@ -20,8 +20,36 @@ from phi3v.files import write_text
 from phi3v.training.run_folder import DATA, ENVIRONMENT, RunFolder
 
 BLIND = "blind_"
+OF_WHOLE = ("library_name", "pipeline_tag")  # keys that do not hold for the text half
 INHERITED = ("license", "license_name", "license_link", "language")  # of the base's own card
 PLACES = ("run.out", "model.path", "deepspeed")  # keys of a recipe that hold one path
+# Sections that say how a run was watched and kept, not what it learned.
+UNTOLD = ("checkpoint", "debug", "faults", "tracking", "wandb")
+# As docs/serving.md has it.
+PYTHON = """\
+import phi3v  # registers the classes; trust_remote_code is not needed
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
+processor = AutoProcessor.from_pretrained("DIR")
+prompt = "<|user|>\\n<|image_1|>\\nWhat is shown in this image?<|end|>\\n<|assistant|>\\n"
+inputs = processor(prompt, [Image.open("picture.jpg")])
+inputs.pop("num_img_tokens")
+ids = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+TEXT_HALF = """\
+Its language model alone, without the vision tower and the projector, as llama.cpp's converter reads
+it. transformers does not load it, and pictures cannot be shown to it.
+
+## Converting
+
+The converter reads tokenizer.model; where the folder has none, copy that of Phi-3-mini into it.
+
+```
+python convert_hf_to_gguf.py DIR
+```"""
 
 
 def write_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
@@ -31,17 +59,35 @@ def write_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
     """
     cfg, folder = read_run(run), RunFolder(run)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    front = yaml.safe_dump(_front_matter(cfg.model.path), sort_keys=False)
     parts = [
-        f"---\n{front}---\n\n# {run.resolve().name}, step {manifest['step']}",
+        _head(_front_matter(cfg.model.path), run, manifest),
         f"Phi-3-Vision, fine-tuned in all its parameters from {_base_name(cfg.model.path)}.",
-        _loading(config),
+        f"## Loading\n\n```python\n{PYTHON}```\n\n{_serving(config)}",
         _evaluation(folder, manifest["step"]),
         _data(cfg, folder, manifest),
         _making(folder, manifest),
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(shareable(cfg), sort_keys=False, width=90)}```",
     ]
     write_text(out / "README.md", "\n\n".join(parts) + "\n")
+
+
+def write_text_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
+    """Write the card of the text half: what it is, and what to do with it."""
+    base = read_run(run).model.path
+    front = {k: v for k, v in _front_matter(base).items() if k not in OF_WHOLE}
+    parts = [
+        _head(front, run, manifest),
+        f"Phi-3-Vision, fine-tuned in all its parameters from {_base_name(base)}: the text half.",
+        TEXT_HALF,
+        _making(RunFolder(run), manifest),
+    ]
+    write_text(out / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _head(front: Mapping[str, Any], run: Path, manifest: Mapping[str, Any]) -> str:
+    told = yaml.safe_dump(dict(front), sort_keys=False)
+    name = f"Phi-3-Vision fine-tuned: {run.resolve().name}, step {manifest['step']}"
+    return f"---\n{told}---\n\n# {name}"
 
 
 def _front_matter(base: str) -> dict[str, Any]:
@@ -63,18 +109,8 @@ def _base_name(base: str) -> str:
     return f"a folder `{Path(base).name}`" if Path(base).is_dir() else f"`{base}`"
 
 
-def _loading(config: Mapping[str, Any]) -> str:
-    """How the folder is loaded, which depends on whether the base's code came along."""
-    python = (
-        "import phi3v  # registers the classes; no remote code is needed\n"
-        "from transformers import AutoModelForCausalLM, AutoProcessor\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")\n'
-        'processor = AutoProcessor.from_pretrained("DIR")'
-    )
-    return f"## Loading\n\n```python\n{python}\n```\n\n{_serving(config)}"
-
-
 def _serving(config: Mapping[str, Any]) -> str:
+    """What else serves the folder, which depends on whether the base's code came along."""
     if "vision_config" in config:
         return (
             "Other programs take the vision tower for ViT-L/14-336, which this model does not have."
@@ -96,7 +132,7 @@ def _evaluation(folder: RunFolder, step: int) -> str:
     loss = "" if entry["loss"] is None else f"Held-out loss {entry['loss']:.4f}. "
     rows = [
         f"| {name} | {_show(name, score)} | {_show(name, metrics.get(BLIND + name))} "
-        f"| {score['n']} | {describe(name)} |"
+        f"| {score['n']} | {_cell(describe(name))} |"
         for name, score in metrics.items()
         if not name.startswith(BLIND)
     ]
@@ -105,6 +141,11 @@ def _evaluation(folder: RunFolder, step: int) -> str:
         f"## Evaluation\n\n{loss}Answers to held-out rows; in the blind control the pictures were "
         f"exchanged.\n\n{head}\n|---|---|---|---|---|\n" + "\n".join(rows)
     )
+
+
+def _cell(text: str) -> str:
+    """A text in a table of Markdown, where a bare | would begin the next cell."""
+    return text.replace("|", "\\|")
 
 
 def _show(name: str, score: Mapping[str, Any] | None) -> str:
@@ -138,7 +179,7 @@ def _making(folder: RunFolder, manifest: Mapping[str, Any]) -> str:
         f"{environment.get('device', 'an unknown device')}",
         *_versions(manifest),
         f"- commit of phi3v: {environment.get('commit') or 'unknown'}",
-        f"- saved: {manifest['saved_at']}",
+        f"- saved: {manifest['saved_at'][:19]}Z",  # UTC, to the second
     ]
     return "## Training\n\n" + "\n".join(lines)
 
@@ -149,7 +190,7 @@ def _versions(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def shareable(cfg: RunConfig) -> dict[str, Any]:
-    """The resolved recipe with folders by their names."""
+    """What of the resolved recipe made the model, with folders by their names."""
     tree = to_dict(cfg)
     for key in PLACES:
         *sections, name = key.split(".")
@@ -161,7 +202,15 @@ def shareable(cfg: RunConfig) -> dict[str, Any]:
     shareable_tree: dict[str, Any] = _without_paths(tree)
     shards = [{"path": Path(p.path).name, "weight": p.weight} for p in cfg.data.parts]
     shareable_tree["data"]["shards"] = shards
-    return shareable_tree
+    told = {key: value for key, value in shareable_tree.items() if key not in UNTOLD}
+    return dict(_without_nulls(told))
+
+
+def _without_nulls(value: Any) -> Any:
+    """A tree without the keys that are not set."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _without_paths(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from phi3v.export.card import write_card
+from phi3v.export.card import write_card, write_text_card
 from phi3v.export.opening import read_run
 from phi3v.export.originals import write_originals, write_text_originals
 from phi3v.export.target import ORIGIN, begin, check_target, finish, origin_of
@@ -56,6 +56,7 @@ def export(
     write_weights(weights, names, kind, partial, shard_bytes)
     if is_text_only:
         write_text_originals(base, partial, kind)
+        write_text_card(run, weights.manifest, partial)
     else:
         write_originals(base, partial, kind)
         write_card(run, weights.manifest, partial)

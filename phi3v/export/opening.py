@@ -11,6 +11,7 @@ from phi3v.config.running import EvalSection
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.models import as_generator, open_model
+from phi3v.export.originals import is_text_half
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.weights import load_weights
 from phi3v.processing import Phi3VProcessor
@@ -25,7 +26,10 @@ def read_run(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no {CONFIG}, so it is no run folder; name run.out")
+        raise ConfigError(
+            f"{folder} holds no {CONFIG}, so it is no run folder; name the folder of a run "
+            "(run.out of its recipe)"
+        )
     return build_recipe(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), path, [])
 
 
@@ -41,7 +45,15 @@ def evaluation_settings(model: Path, overrides: Sequence[str]) -> EvalSection:
 
 
 def base_of(model: str) -> str:
-    """The folder or hub name that holds a model's tokenizer and image settings: a run's base."""
+    """The folder or hub name that holds a model's tokenizer and image settings: a run's base.
+
+    Raises: ConfigError if it is the text half of an export.
+    """
+    if is_text_half(Path(model)):
+        raise ConfigError(
+            f"{model} is the text half of a model, exported with --llama-cpp for llama.cpp alone; "
+            "name its run's folder, or an export without --llama-cpp"
+        )
     is_run = (Path(model) / CONFIG).is_file()
     return read_run(Path(model)).model.path if is_run else model
 

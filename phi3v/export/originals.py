@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils.hub import cached_file
 
 from phi3v.errors import ConfigError
+from phi3v.export.target import ORIGIN
 from phi3v.files import write_json
 from phi3v.model.weights import STOP_TOKENS
 from phi3v.processing import Phi3VProcessor
@@ -37,6 +38,7 @@ NAMING_CODE = (
     "tokenizer_config.json",
 )
 DROPPED_KEYS = ("_attn_implementation", "_name_or_path")
+TEXT_TYPE = "phi3"  # model_type of the language model alone
 # What llama.cpp must not read: code of another architecture, and what is not in the text model.
 NOT_TEXT = ("auto_map", "img_processor", "embd_layer", "vision_config")
 
@@ -65,7 +67,7 @@ def write_text_originals(model: str, out: Path, dtype: torch.dtype) -> None:
     Raises: ConfigError if the base has no config.json.
     """
     config = _edited_config(model, dtype)
-    config |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+    config |= {"architectures": ["Phi3ForCausalLM"], "model_type": TEXT_TYPE}
     write_json(out / "config.json", {k: v for k, v in config.items() if k not in NOT_TEXT})
     _copy(model, (*TOKENIZER, "LICENSE"), out)
     _write_generation(model, out)
@@ -75,6 +77,14 @@ def write_text_originals(model: str, out: Path, dtype: torch.dtype) -> None:
             "Phi-3-mini beside config.json before you convert",
             file=sys.stderr,
         )
+
+
+def is_text_half(folder: Path) -> bool:
+    """Whether an export is what `write_text_originals` made; False for what is no export."""
+    if not (folder / ORIGIN).is_file() or not (folder / "config.json").is_file():
+        return False
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(config.get("model_type") == TEXT_TYPE)
 
 
 def find_base(model: str, name: str) -> Path | None:

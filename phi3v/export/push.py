@@ -18,6 +18,7 @@ from huggingface_hub.errors import (  # HTTPError is that of the client it uses,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from phi3v.errors import ConfigError
 from phi3v.export.target import ORIGIN, is_same_run, read_origin
@@ -37,6 +38,7 @@ class Repository:
 
         Raises: ConfigError
         """
+        self._check_name()
         api = HfApi()
         with self._told():
             api.whoami()
@@ -70,6 +72,19 @@ class Repository:
                 delete_patterns="*",
             )
         return str(commit.repo_url)
+
+    def _check_name(self) -> None:
+        """Refuse a name that the hub would not take, before anybody has to log in for it."""
+        try:
+            validate_repo_id(self.name)
+            is_valid = "/" in self.name
+        except HFValidationError:
+            is_valid = False
+        if not is_valid:
+            raise ConfigError(
+                f"--push must be OWNER/NAME, got {self.name!r}; the hub takes letters, digits, "
+                "'-', '_' and '.', no '--' or '..', no '-' or '.' at either end, and no .git there"
+            )
 
     @contextmanager
     def _told(self) -> Iterator[None]:

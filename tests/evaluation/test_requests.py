@@ -11,7 +11,7 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation import requests
 from phi3v.evaluation.ask import Asker
 from phi3v.evaluation.models import open_model
-from phi3v.evaluation.requests import answer_file
+from phi3v.evaluation.requests import answer_file, check_files
 from phi3v.prepare.chats import read_messages
 from phi3v.processing import Phi3VProcessor
 from tests.tiny import write_jsonl
@@ -32,8 +32,9 @@ def answer(asker: Asker, catalogue: Path, tmp_path: Path) -> Answer:
     def run(rows: list[Any]) -> list[dict[str, Any]]:
         source = write_jsonl(catalogue / f"{tmp_path.name}.jsonl", rows)
         out = tmp_path / "sub" / "out.jsonl"
+        out.parent.mkdir()
         try:
-            answer_file(asker, source, out, read_messages)
+            assert answer_file(asker, source, out, read_messages) == len(rows)
         finally:
             source.unlink()
             assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
@@ -85,9 +86,15 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         '{"id": "good", "prompt": "Hi"}',
         '{"id": "cut off", "prom',
         "[1]",
+        '{"prompt": ',
         '{"id": "nothing"}',
+        '{"id": "mistyped", "promt": "What?"}',
+        '{"id": "other", "question": "What?"}',
+        '{"id": "number", "prompt": 3}',
+        '{"id": "both", "prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}',
         '{"id": "gone", "prompt": "What?", "images": ["none.png"]}',
         '{"id": "odd", "prompt": "What?", "images": "none.png"}',
+        '{"id": "llava", "prompt": "What?", "image": "none.png"}',
         '{"id": "null", "prompt": "What?", "images": [null]}',
         '{"id": "tags", "prompt": "<|image_3|>?"}',
         '{"id": "end", "messages": [{"role": "assistant", "content": "So."}]}',
@@ -97,16 +104,22 @@ def test_a_bad_row_says_why_and_spoils_no_other(
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(SampleError, match=f"9 of 11 rows of {source} have no answer; {out} says"):
+    with pytest.raises(SampleError, match=f"15 of 17 rows of {source} have no answer; {out} says"):
         answer_file(asker, source, out, read_messages)
     found = {row["id"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
     assert found["good"]["prediction"] == found["good too"]["prediction"]
     reasons = {
-        "2": "no JSON",
-        "3": "a list, not an object",
-        "nothing": "neither a 'prompt' text nor 'messages'",
-        "gone": "none.png cannot be read",
+        "2": "line 2 is no JSON: Unterminated string starting at: column 19",
+        "3": "line 3 is a list, not an object",
+        "4": "line 4 is no JSON: Expecting value: column 11",
+        "nothing": "neither a 'prompt' nor 'messages'; its keys are id",
+        "mistyped": "neither a 'prompt' nor 'messages'; it has 'promt': did you mean 'prompt'?",
+        "other": "neither a 'prompt' nor 'messages'; its keys are id, question",
+        "number": "'prompt' is a int, not a text",
+        "both": "a row has both a 'prompt' and 'messages'; leave one of them out",
+        "gone": "none.png does not exist",
         "odd": "'images' is a str",
+        "llava": "it has 'image'; write 'images': [PATH, ...]",
         "null": "an image is a NoneType",
         "tags": "do not number 0 images",
         "end": "nothing that asks for an answer",
@@ -117,9 +130,25 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         assert set(found[name]) == {"id", "error"} and reason in found[name]["error"]
 
 
-def test_files_that_cannot_be_used_are_refused(asker: Asker, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--jsonl .*none.jsonl cannot be read"):
-        answer_file(asker, tmp_path / "none.jsonl", tmp_path / "out.jsonl", read_messages)
-    source = write_jsonl(tmp_path / "in.jsonl", [])
-    with pytest.raises(ConfigError, match="is the file that is read; name another"):
-        answer_file(asker, source, source, read_messages)
+def test_files_that_cannot_be_used_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("in.jsonl"), [])
+    Path("folder").mkdir()
+    Path("folder/old.jsonl").write_text("")
+    refused = {
+        ("none.jsonl", "z.jsonl"): "--jsonl none.jsonl does not exist; name a file of JSON lines",
+        ("folder", "z.jsonl"): "--jsonl folder is a folder; name a file of JSON lines",
+        ("in.jsonl", "in.jsonl"): "--out in.jsonl is the file that is read; name another",
+        ("in.jsonl", "folder"): "--out folder is a folder; name a file",
+        ("in.jsonl", "none/z.jsonl"): "--out none/z.jsonl: there is no folder none; make it",
+        ("in.jsonl", "/dev/null"): "--out /dev/null is no file; name a file",
+    }
+    for (source, out), message in refused.items():
+        with pytest.raises(ConfigError) as caught:
+            check_files(Path(source), Path(out))
+        assert str(caught.value) == message
+    for out in ("z.jsonl", "folder/old.jsonl"):
+        check_files(Path("in.jsonl"), Path(out))
+    assert not Path("none").exists() and not Path("z.jsonl").exists()

@@ -9,9 +9,11 @@ import pytest
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.ask import ask
+from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.wishes import Wishes, fulfil
 from phi3v.prepare.chats import read_messages
+from tests.tiny import write_jsonl
 
 A, B = Path("a"), Path("b")
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -37,6 +39,29 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         Wishes(**options)
+
+
+def test_files_are_looked_at_before_a_model_is_opened(tmp_path: Path) -> None:
+    for wishes in (
+        Wishes(prompt="What?", images=[tmp_path]),
+        Wishes(jsonl=write_jsonl(tmp_path / "in.jsonl", []), out=tmp_path),
+    ):
+        with pytest.raises(ConfigError, match=f"{tmp_path} is a folder; name a "):
+            fulfil(wishes, open_nothing, "none", read_messages)
+
+
+def open_nothing() -> Generator:
+    raise AssertionError("a model is opened")
+
+
+def test_a_file_of_answers_is_told_in_one_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Hi"}])
+    wishes = Wishes(jsonl=source, out=tmp_path / "out.jsonl", max_new_tokens=2)
+    fulfil(wishes, lambda: open_model(tiny_model, 2), str(tiny_model), read_messages)
+    told = capsys.readouterr()
+    assert told.err.endswith(f"rows answered: 1, in {tmp_path}/out.jsonl\n") and told.out == ""
 
 
 def answered(model: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:

@@ -10,7 +10,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from phi3v.config import RunConfig, build_recipe
-from phi3v.export.card import write_card
+from phi3v.export.card import write_card, write_text_card
+from tests.commands import ROOT
 from tests.export.runs import SCORES, facts, move_run, read
 
 
@@ -45,6 +46,16 @@ def test_the_card_tells_scores_with_intervals_and_the_blind_control(
     assert row in found and "blind_exact_match" not in found
 
 
+def test_a_bar_in_a_metrics_description_begins_no_cell(run: Path, tmp_path: Path) -> None:
+    scores = {"price_log_error": SCORES["exact_match"]}
+    entry = {"step": 4, "loss": None, "metrics": scores}
+    (run / "evaluations.jsonl").write_text(json.dumps(entry) + "\n")
+    found = section(card_of(run, tmp_path / "out", step=4), "Evaluation")
+    head, rule, row = found.strip().splitlines()[-3:]
+    assert "mean \\|ln(predicted price / true price)\\|" in row
+    assert row.replace("\\|", "").count("|") == head.count("|") == rule.count("|")
+
+
 def test_a_step_without_evaluation_says_so(run: Path, tmp_path: Path) -> None:
     found = section(card_of(run, tmp_path / "out", step=4), "Evaluation")
     assert found.strip() == "Step 4 was not evaluated during the run."
@@ -57,9 +68,12 @@ def test_the_card_tells_data_versions_and_recipe(run: Path, tmp_path: Path) -> N
     assert "| samples | 1,234 |" in data and "| tokens | 56,789 |" in data
     assert "ranks: 2, ZeRO stage 3, on cpu x86_64" in training
     assert "versions: torch 2.13.0, deepspeed 0.19.8\n" in training
-    assert "commit of phi3v: c0ffee" in training
+    assert "commit of phi3v: c0ffee" in training and "saved: 2026-11-21T12:00:00Z" in training
+    assert "\n# Phi-3-Vision fine-tuned: animals, step 3\n" in card
     recipe = yaml.safe_load(section(card, "Recipe").split("```")[1].removeprefix("yaml"))
     assert recipe["optim"]["lr"] == 1e-5 and recipe["run"]["out"] == "animals"
+    assert recipe.keys() == {"run", "model", "data", "optim", "train", "eval"}
+    assert "null" not in section(card, "Recipe")
     build_recipe(RunConfig, recipe, Path("README.md"), [])
 
 
@@ -101,6 +115,24 @@ def test_loading_is_told_as_it_is_for_this_folder(run: Path, tmp_path: Path) -> 
     assert "--trust-remote-code` (the base's code is in the folder)" in loading(auto_map={"a": "b"})
     assert "`vllm serve DIR` where phi3v is installed" in loading()
     assert "which this model does not have" in loading(vision_config={"hidden_size": 96})
+
+
+def test_the_code_of_loading_asks_a_question_as_the_page_does(run: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    card = section(card_of(run, tmp_path / "out"), "Loading")
+    code, shown = (text.split("```python\n")[1].split("```")[0] for text in (card, page))
+    assert code == shown and "model.generate(" in code
+    compile(code, "README.md", "exec")
+
+
+def test_the_text_half_has_a_short_card_of_its_own(run: Path, tmp_path: Path) -> None:
+    write_text_card(run, facts(3), tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "\n# Phi-3-Vision fine-tuned: animals, step 3\n" in card
+    assert "the text half" in card and "python convert_hf_to_gguf.py DIR" in card
+    head = ModelCard(card).data
+    assert (head.license, head.pipeline_tag, head.library_name) == ("unknown", None, None)
+    assert str(tmp_path) not in card
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(

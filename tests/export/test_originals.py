@@ -9,8 +9,11 @@ import torch
 from transformers import AutoImageProcessor, AutoProcessor
 
 from phi3v.errors import ConfigError
+from phi3v.export.opening import base_of
 from phi3v.export.originals import write_originals, write_text_originals
+from phi3v.export.target import ORIGIN
 from phi3v.export.weights import SHARD_BYTES, file_names, plan_shards
+from phi3v.files import write_json
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.processing import Phi3VImageProcessor, Phi3VProcessor
 from tests.export.runs import read
@@ -126,6 +129,12 @@ def test_the_text_half_is_what_llama_cpp_reads(
     assert config.keys() == theirs.keys() - gone
     assert "has no tokenizer.model, which llama.cpp's converter needs; " in capsys.readouterr().err
     assert not (out / "preprocessor_config.json").exists()
+    assert base_of(str(out)) == str(out)  # somebody's folder, not an export
+    write_json(out / ORIGIN, {})
+    with pytest.raises(ConfigError, match="out is the text half of a model, .* for llama.cpp"):
+        base_of(str(out))
+    write_json(base / ORIGIN, {})
+    assert base_of(str(base)) == str(base)
 
 
 def test_a_base_without_its_config_is_refused(base: Path, out: Path) -> None:

@@ -194,10 +194,17 @@ def test_without_a_login_nothing_is_begun(
     assert refusal(tmp_path).startswith(f"--push {NAME} failed: ")
 
 
+@pytest.mark.parametrize("name", ["bad name", "animals", "a/b/c", "some body/x", "a/b.git", "a/"])
+def test_a_name_is_looked_at_before_anybody_logs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("phi3v.export.push.HfApi", None)
+    assert refusal(tmp_path, name).startswith(f"--push must be OWNER/NAME, got {name!r}; the hub ")
+
+
 def test_what_keeps_from_the_hub_is_told_in_one_line(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert refusal(tmp_path, "a/b/c").startswith("--push a/b/c failed: ")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert refusal(tmp_path).endswith("the login's rights and the network, then push again")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

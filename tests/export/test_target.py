@@ -95,7 +95,8 @@ def test_what_is_not_there_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as no_run:
         export(tmp_path / "none", tmp_path / "out")
     assert str(no_run.value) == (
-        f"{tmp_path / 'none'} holds no config.yaml, so it is no run folder; name run.out"
+        f"{tmp_path / 'none'} holds no config.yaml, so it is no run folder; name the folder of a "
+        "run (run.out of its recipe)"
     )
     with pytest.raises(CheckpointError, match="has no checkpoint of step 1, it has: 2, 3"):
         export(made, tmp_path / "out", step=1)
