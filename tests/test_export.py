@@ -4,8 +4,9 @@ import json
 import runpy
 import shutil
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 import phi3v.export
 from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
-from phi3v.errors import Phi3VError
+from phi3v.errors import ConfigError, Phi3VError
 from phi3v.evaluation.ask import Asker
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.processing import Phi3VProcessor
@@ -125,7 +126,10 @@ def test_the_card_tells_the_scores_of_the_runs_last_evaluation(
     low, value, high = (f"{score[key]:.1%}" for key in ("low", "value", "high"))
     assert f"| exact_match | {value} [{low}, {high}] |" in card
     assert read(trained / "data.json")["fingerprint"] in card
-    assert f"# run, step {STEPS}\n" in card and str(trained.parent) not in card
+    assert (
+        f"# Phi-3-Vision fine-tuned: run, step {STEPS}\n" in card
+        and str(trained.parent) not in card
+    )
 
 
 def test_the_reloaded_model_computes_the_checkpoints_logits_bit_for_bit(
@@ -177,8 +181,25 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(exported: Path, tmp_pa
     done = command("generate.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert last_line(done, "ConfigError").startswith(
-        "ConfigError: --image notes.txt cannot be read"
+        "ConfigError: --image notes.txt is no picture that can be read ("
     )
+
+
+def test_private_without_push_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["export.py", "run", "--out", "out", "--private"])
+    with pytest.raises(ConfigError, match="--private is for --push, which is not given; add it, "):
+        runpy.run_path(str(LAUNCH / "export.py"))["parse"]()
+
+
+@pytest.mark.parametrize("name", ["generate.py", "export.py"])
+def test_every_argument_has_a_help_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(parser: ArgumentParser) -> NoReturn:
+        raise SystemExit([action.dest for action in parser._actions if not action.help])
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", leave)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(LAUNCH / name))["parse"]()
+    assert caught.value.code == []
 
 
 def test_a_run_and_its_export_score_the_same_side_by_side(
@@ -217,7 +238,7 @@ def test_a_run_and_its_export_score_the_same_side_by_side(
         (["exported", "eval.row=1"], "unknown key 'eval.row' in override 'eval.row=1'; "),
         (["exported", "--split", "test"], "{shards} has no split 'test', it has: train, valida"),
         (["exported", "--shards", "none"], "none holds no manifest.json, so it is no dataset; "),
-        (["exported", "./none"], "./none has no preprocessor_config.json; "),
+        (["exported", "./none"], "there is no folder ./none, and "),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_a_model_is_opened(
@@ -244,22 +265,20 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_opened(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval.rows=1"], "name at least one model folder or run folder, and each once"),
-        (["a", "a"], "name at least one model folder or run folder, and each once"),
+        (["eval.rows=1"], "no MODEL is named, only settings; "),
+        (["a", "a"], "a is named twice; "),
         (["a", "--out", "none/b"], "--out none/b: there is no folder none; make it"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_at_once(
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    main = runpy.run_path(str(LAUNCH / "evaluate.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "set_environment", lambda: None)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--shards", "none"])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(LAUNCH / "evaluate.py"))["parse"]()
-    assert caught.value.code == 2
-    assert f"error: {message}\n" in capsys.readouterr().err
+    with pytest.raises(ConfigError) as caught:
+        main()
+    assert str(caught.value).startswith(message)
 
 
 def test_the_run_reports_its_own_evaluation(trained: Path, tiny_shards: Path) -> None:

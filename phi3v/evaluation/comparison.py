@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from phi3v.config.running import EvalSection
+from phi3v.errors import ConfigError
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.held_out import pattern_of, train_references
 from phi3v.evaluation.metrics import Difference, compare, is_lower_better
@@ -30,6 +31,24 @@ class Comparison:
             return "no difference seen"
         is_other = (found.value < 0) == is_lower_better(name)
         return f"{self.other if is_other else self.first} is better"
+
+
+def check_request(models: Sequence[str], out: Path | None) -> None:
+    """Refuse what cannot be compared or written, before any work.
+
+    Raises: ConfigError naming the argument.
+    """
+    if not models:
+        raise ConfigError("no MODEL is named, only settings; name a model folder or a run folder")
+    places = [Path(model) for model in models]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise ConfigError(f"{models[number]} is named twice; name each model once")
+    if out and not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it")
+    if out and out.exists() and not out.is_file():
+        kind = "a folder" if out.is_dir() else "no ordinary file"
+        raise ConfigError(f"--out {out} is {kind}; name a file, for example comparison.json")
 
 
 def compare_models(

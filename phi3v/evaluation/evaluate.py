@@ -89,11 +89,13 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
+    name: str = "",
 ) -> Evaluation:
     """Answer `settings.rows` rows of a split of some datasets, shared among ranks, and score them.
 
     `gather` collects one object of every rank on each; all ranks return the same evaluation, and
-    without eval.max_seconds it is the same for any number of them.
+    without eval.max_seconds it is the same for any number of them. `name` is of the model, for a
+    line about rows left out, where several models are evaluated.
     Raises: ConfigError if the split has no rows or a metric does not fit; Interrupted on all ranks
     if one of them was.
     """
@@ -111,8 +113,14 @@ def evaluate(
     scores, outcomes = _score(settings, folders, outcomes)
     loss_rows, unanswered = sum(loss.rows for loss in losses), len(rows) - len(outcomes)
     if rank == 0:
-        _tell_cut(settings, len(rows), unanswered, len(dataset), loss_rows)
+        _tell_cut(name, settings, len(rows), unanswered, len(dataset), loss_rows)
     return Evaluation(scores, mean_loss(losses), outcomes, dataset, loss_rows, unanswered)
+
+
+def limit_owner(runs: Sequence[str], overrides: Sequence[str]) -> str:
+    """Who set eval.max_seconds, where models are asked with the settings of the first of `runs`."""
+    is_given = any(value.startswith("eval.max_seconds=") for value in overrides)
+    return "the command line" if is_given or not runs else runs[0]
 
 
 def _do_share(job: Job, rows: Sequence[int]) -> _Share:
@@ -141,16 +149,17 @@ def _score(
 
 
 def _tell_cut(
-    settings: EvalSection, rows: int, unanswered: int, total: int, loss_rows: int
+    name: str, settings: EvalSection, rows: int, unanswered: int, total: int, loss_rows: int
 ) -> None:
     """Say what the time box left out, if it did."""
     wanted = min(total, settings.loss_rows or total)
     if not unanswered and loss_rows == wanted:
         return
+    who = f"{name}: " if name else ""
     print(
-        f"eval.max_seconds={settings.max_seconds:g} ended the evaluation: {rows - unanswered:,} of "
-        f"{rows:,} rows are answered, the loss is over {loss_rows:,} of {wanted:,}; raise it, or "
-        "lower eval.rows and eval.loss_rows",
+        f"{who}eval.max_seconds={settings.max_seconds:g} ended the evaluation: "
+        f"{rows - unanswered:,} of {rows:,} rows are answered, the loss is over {loss_rows:,} of "
+        f"{wanted:,}; raise it, or lower eval.rows and eval.loss_rows",
         file=sys.stderr,
     )
 

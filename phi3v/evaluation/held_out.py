@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +12,8 @@ from phi3v.data import Dataset
 from phi3v.data.mixture import Mixture, open_datasets
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Prompt
-from phi3v.evaluation.metrics import Answer, Pattern, compile_pattern, find_metrics, row_scores
+from phi3v.evaluation.metrics import Pattern, compile_pattern, find_metrics
+from phi3v.evaluation.metrics.answers import misfit
 from phi3v.evaluation.metrics.names import UNSEEN
 from phi3v.sample import Sample, with_images
 
@@ -42,13 +44,20 @@ def open_held_out(folders: Sequence[str], settings: EvalSection) -> HeldOut:
 
 
 def _check_references(dataset: HeldOut, settings: EvalSection) -> None:
-    """Score the references themselves: one that the pattern cannot read is refused by that."""
+    """Refuse a reference that the pattern cannot read, naming the folder and row that hold it."""
     pattern = pattern_of(settings)
     if pattern is None:
         return
-    samples = (dataset[row] for row in spread(len(dataset), settings.rows))
-    perfect = [Answer(s.id, s.meta["reference"], s.meta["reference"]) for s in samples]
-    row_scores(["parse_rate"], perfect, pattern)
+    for row in spread(len(dataset), settings.rows):
+        sample = dataset[row]
+        if pattern.parse(sample.meta["reference"]) is None:
+            place = f"{_folder_of(dataset, row)}, split '{settings.split}', row '{sample.id}'"
+            raise misfit(place, sample.meta["reference"], pattern)
+
+
+def _folder_of(dataset: HeldOut, row: int) -> Path:
+    parts = zip(dataset.datasets, dataset.parts, strict=True)
+    return next(part.folder for part, (_, behind, _) in parts if row < behind)
 
 
 def pattern_of(settings: EvalSection) -> Pattern | None:

@@ -4,22 +4,30 @@ from collections.abc import Mapping, Sequence
 
 from phi3v.evaluation.comparison import Comparison
 from phi3v.evaluation.evaluate import Evaluation
-from phi3v.evaluation.metrics import Difference, Score
+from phi3v.evaluation.metrics import Difference, Score, is_rate
 from phi3v.evaluation.metrics.names import BLIND
-from phi3v.evaluation.report.words import loss_value
+from phi3v.evaluation.report.words import loss_value, metric_value
+
+
+def all_tables(evaluations: Mapping[str, Evaluation], comparisons: Sequence[Comparison]) -> str:
+    """The scores, then the differences of each pair; without a metric there are none."""
+    pairs = [pair for pair in comparisons if pair.differences]
+    return "\n\n".join([score_table(evaluations), *map(difference_table, pairs)])
 
 
 def score_table(evaluations: Mapping[str, Evaluation]) -> str:
     """One line per metric; per model its value with the 95 % interval, and the blind control's.
 
     metric               runs/demo
-    category_accuracy    0.981 [0.963, 0.996] n=267   blind 0.112
+    category_accuracy    98.1% [96.3%, 99.6%] n=267   blind 11.2%
     """
     lines = [["metric", *evaluations]]
     lines.append(["loss", *(loss_value(e.loss, digits=4) for e in evaluations.values())])
     first = next(iter(evaluations.values()))
     for name in [name for name in first.scores if not name.startswith(BLIND)]:
-        cells = [_cell(e.scores[name], e.scores.get(BLIND + name)) for e in evaluations.values()]
+        cells = [
+            _cell(name, e.scores[name], e.scores.get(BLIND + name)) for e in evaluations.values()
+        ]
         lines.append([name, *cells])
     return _aligned(lines)
 
@@ -27,27 +35,38 @@ def score_table(evaluations: Mapping[str, Evaluation]) -> str:
 def difference_table(comparison: Comparison) -> str:
     """One line per metric: the paired difference with its 95 % interval, p, and what that says.
 
+    pp are percentage points: from 11.2% to 98.1% are +86.9 pp.
+
     runs/demo - models/tiny   difference
-    category_accuracy         +0.869 [+0.824, +0.910] n=267   p=0.0001   runs/demo is better
+    category_accuracy         +86.9 pp [+82.4, +91.0] n=267   p=0.0001   runs/demo is better
     """
     lines = [[f"{comparison.other} - {comparison.first}", "difference"]]
     for name, difference in comparison.differences.items():
-        lines.append([name, *_difference_cells(difference), comparison.verdict(name)])
+        lines.append([name, *_difference_cells(name, difference), comparison.verdict(name)])
     return _aligned(lines)
 
 
-def _cell(score: Score, blind: Score | None) -> str:
+def _cell(name: str, score: Score, blind: Score | None) -> str:
     if score.value is None:
         return "no rows"
-    text = f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}] n={score.n}"
-    return f"{text}   blind {blind.value:.3f}" if blind and blind.value is not None else text
+    value, low, high = (metric_value(name, x) for x in (score.value, score.low, score.high))
+    text = f"{value} [{low}, {high}] n={score.n}"
+    if blind is None or blind.value is None:
+        return text
+    return f"{text}   blind {metric_value(name, blind.value)}"
 
 
-def _difference_cells(found: Difference) -> list[str]:
-    if found.value is None:
+def _difference_cells(name: str, found: Difference) -> list[str]:
+    if found.value is None or found.low is None or found.high is None:
         return []
-    interval = f"[{found.low:+.3f}, {found.high:+.3f}]"
-    return [f"{found.value:+.3f} {interval} n={found.n}", f"p={found.p:.4f}"]
+    value, low, high = (_signed(name, x) for x in (found.value, found.low, found.high))
+    unit = " pp" if is_rate(name) else ""
+    return [f"{value}{unit} [{low}, {high}] n={found.n}", f"p={found.p:.4f}"]
+
+
+def _signed(name: str, difference: float) -> str:
+    """+86.9 for 0.869 of a rate, in percentage points; another metric in its own unit."""
+    return f"{100 * difference:+z,.1f}" if is_rate(name) else f"{difference:+z,.4g}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,8 @@
 """Two models on the same rows: what is said of their difference, and what is written down."""
 
 import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +10,18 @@ import pytest
 
 from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
-from phi3v.evaluation.comparison import Comparison, compare_models, write_comparison
+from phi3v.errors import ConfigError
+from phi3v.evaluation.comparison import (
+    Comparison,
+    check_request,
+    compare_models,
+    write_comparison,
+)
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.metrics import Difference, score
 from phi3v.evaluation.outcomes import Outcome
 from phi3v.evaluation.table import difference_table
+from tests.commands import LAUNCH
 
 SETTINGS = EvalSection(metrics=("exact_match",))
 ROWS = 40
@@ -31,6 +40,46 @@ def answered(dataset: Dataset, num_right: int, loss: float | None = 1.0) -> Eval
     ]
     scores = score(SETTINGS.metrics, [outcome.answer for outcome in outcomes], None)
     return Evaluation(scores, loss, outcomes, dataset, loss_rows=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("models", "out", "message"),
+    [
+        (["a", "b", "a/"], None, "a/ is named twice; name each model once"),
+        ([], None, "no MODEL is named, only settings; name a model folder or a run folder"),
+        (["a"], "none/b.json", "--out {}/none/b.json: there is no folder {}/none; make it"),
+        (["a"], "", "--out {} is a folder; name a file, for example comparison.json"),
+    ],
+)
+def test_what_cannot_be_compared_or_written_is_refused_at_once(
+    models: list[str], out: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_request(models, None if out is None else tmp_path / out)
+    assert str(caught.value) == message.replace("{}", str(tmp_path))
+
+
+def test_the_command_refuses_before_it_opens_anything(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    main = runpy.run_path(str(LAUNCH / "evaluate.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "set_environment", lambda: None)
+    for words, message in (
+        (["none", "none"], "none is named twice; "),
+        (["eval.rows=1"], "no MODEL is named, "),
+        (["none", "--out", str(tmp_path)], f"--out {tmp_path} is a folder; "),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, "--shards", "none"])
+        with pytest.raises(ConfigError, match=message):
+            main()
+
+
+def test_a_file_that_is_there_may_be_written_anew(tmp_path: Path) -> None:
+    (tmp_path / "out.json").touch()
+    for name in ("out.json", "other.json"):
+        check_request(["a", "b"], tmp_path / name)
+    with pytest.raises(ConfigError, match="^--out /dev/null is no ordinary file; name a file, "):
+        check_request(["a"], Path("/dev/null"))
 
 
 def test_each_model_is_tested_against_the_first(dataset: Dataset) -> None:
@@ -72,11 +121,15 @@ def test_a_difference_is_called_one_if_chance_would_rarely_make_it(
 def test_differences_are_shown_with_their_interval_p_and_what_they_say() -> None:
     differences = {
         "exact_match": Difference(0.4, 0.25, 0.55, 0.0001, 40),
+        "price_mae": Difference(-1234.0, -2000.0, -0.0, 0.2, 40),
+        "bleu": Difference(0.4371, 0.25, 0.5, 0.0001, 40),
         "anls_unseen": Difference(None, None, None, None, 0),
     }
     assert difference_table(Comparison("models/base", "runs/demo", differences)).splitlines() == [
         "runs/demo - models/base   difference",
-        "exact_match               +0.400 [+0.250, +0.550] n=40   p=0.0001   runs/demo is better",
+        "exact_match               +40.0 pp [+25.0, +55.0] n=40   p=0.0001   runs/demo is better",
+        "price_mae                 -1,234 [-2,000, +0] n=40       p=0.2000   no difference seen",
+        "bleu                      +0.4371 [+0.25, +0.5] n=40     p=0.0001   runs/demo is better",
         "anls_unseen               no rows",
     ]
 

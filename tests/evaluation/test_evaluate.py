@@ -16,7 +16,7 @@ from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
 from phi3v.data.batch import collate, model_inputs
 from phi3v.evaluation import losses
-from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate
+from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate, limit_owner
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.held_out import blind_prompt, exchange, prompt_of
 from phi3v.evaluation.models import open_model
@@ -70,7 +70,7 @@ def knowing(generator: Generator, samples: Sequence[Sample]) -> Knowing:
 
 
 def on_ranks(
-    generator: Generator, shards: Path, settings: EvalSection, ranks: int
+    generator: Generator, shards: Path, settings: EvalSection, ranks: int, name: str = ""
 ) -> list[Evaluation]:
     """What each of several ranks returns: threads, which meet where they gather."""
     shares: list[Any] = [None] * ranks
@@ -82,7 +82,7 @@ def on_ranks(
             barrier.wait(60)
             return list(shares)
 
-        return evaluate(generator, [str(shards)], settings, rank, ranks, gather)
+        return evaluate(generator, [str(shards)], settings, rank, ranks, gather, name)
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(run, range(ranks)))
@@ -313,16 +313,22 @@ def test_when_the_time_is_up_no_further_batch_begins(
     """Each rank does its first pack and its first batch, and the rest is counted and said."""
     monkeypatch.setattr(losses, "PACK_TOKENS", 250)
     settings = replace(SETTINGS, max_seconds=1e-9, batch_rows=2)
-    for found in on_ranks(generator, tiny_shards, settings, 2):
+    for found in on_ranks(generator, tiny_shards, settings, 2, "run (its own)"):
         assert (len(found.outcomes), found.unanswered) == (4, 3)
         assert all(outcome.blind is not None for outcome in found.outcomes)
         assert {score.n for name, score in found.scores.items() if "unseen" not in name} == {4}
         assert 0 < found.loss_rows < len(found.dataset)
     said = [line for line in capsys.readouterr().err.splitlines() if "max_seconds" in line]
     assert said == [
-        "eval.max_seconds=1e-09 ended the evaluation: 4 of 7 rows are answered, the loss is over "
-        f"{found.loss_rows} of 14; raise it, or lower eval.rows and eval.loss_rows"
+        "run (its own): eval.max_seconds=1e-09 ended the evaluation: 4 of 7 rows are answered, "
+        f"the loss is over {found.loss_rows} of 14; raise it, or lower eval.rows and eval.loss_rows"
     ]
+
+
+def test_whose_time_limit_it_is_can_be_said() -> None:
+    assert limit_owner(["runs/a", "runs/b"], ["eval.rows=4"]) == "runs/a"
+    assert limit_owner(["runs/a"], ["eval.max_seconds=1"]) == "the command line"
+    assert limit_owner([], []) == "the command line"
 
 
 def test_time_enough_changes_nothing(

@@ -1,6 +1,7 @@
 """Held-out rows: what each asks, what it asks with other pictures, what cannot be asked at all."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_a_prompt_has_the_pictures_of_its_own_turns(held_out: Dataset) -> None:
         ({"metrics": ("blue",)}, "eval.metrics has 'blue', which is no metric; "),
         ({"metrics": ("a_mape",), "pattern": "{a}"}, "eval.metrics has 'a_mape', which needs a "),
         ({"pattern": "no field"}, "eval.pattern 'no field' has no field; "),
-        ({"pattern": "Price: {price:float}"}, "row '"),  # a reference that it cannot read
+        ({"pattern": "Price: {price:float}"}, "{shards}, split 'validation', row '"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_asked(
@@ -110,7 +111,25 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_asked(
     for attempt in (open_held_out, lambda *a: evaluate(None, *a)):  # no model is needed to refuse
         with pytest.raises(ConfigError) as caught:
             attempt([str(tiny_shards)], EvalSection(**values))
-        assert str(caught.value).startswith(message)
+        assert str(caught.value).startswith(message.replace("{shards}", str(tiny_shards)))
+
+
+def test_a_reference_that_the_pattern_cannot_read_is_named_with_its_own_folder(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    sample = Dataset(tiny_shards, "validation")[0]
+    odd = replace(sample, id="r9", meta=sample.meta | {"reference": "A bag."})
+    good, bad = str(tmp_path / "good"), str(tmp_path / "bad")
+    write_samples(Path(good), [sample], "validation")
+    write_samples(Path(bad), [sample, odd], "validation")
+    pattern = "Product: {title}, Category: {category}, Full Price: {price:float}"
+    for folders in ([good, bad], [bad, good]):
+        with pytest.raises(ConfigError) as caught:
+            open_held_out(folders, EvalSection(pattern=pattern))
+        assert str(caught.value) == (
+            f"{bad}, split 'validation', row 'r9': the reference 'A bag.' does not fit the "
+            f"pattern '{pattern}'; correct eval.pattern, or the assistant text of the dataset"
+        )
 
 
 def test_an_empty_split_is_refused(catalogue: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.metrics import Answer, Difference, compare, compile_pattern
-from phi3v.evaluation.metrics.paired import NUM_FLIPS, sign_flip_p
+from phi3v.evaluation.metrics.bleu import bleu_of, row_counts
+from phi3v.evaluation.metrics.paired import NUM_FLIPS, bleu_swap_p, sign_flip_p
 
 RIGHT, WRONG = "A red bag of leather, 120", "A red scarf of wool, 90"
 NAMES = ["exact_match", "anls", "bleu"]
@@ -32,13 +33,44 @@ def test_p_is_that_of_all_signs():
     differences = np.array([1.0, 1.0, 0.5, -0.25, 0.0, 2.0, 1.0, 0.3])
     signs = np.array(list(product([1, -1], repeat=8)))
     exact = (np.abs(signs @ differences) >= differences.sum() - 1e-9).mean()
+    assert sign_flip_p(differences) == exact
+
+
+def test_p_of_many_rows_is_that_of_all_signs_but_for_the_luck_of_the_draw():
+    differences = np.random.default_rng(5).normal(0.3, size=14)  # 16,384 ways are more than 10,000
+    signs = np.array(list(product([1, -1], repeat=14)))
+    exact = (np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9).mean()
+    assert sign_flip_p(differences) != exact
     assert sign_flip_p(differences) == pytest.approx(exact, abs=4 * np.sqrt(exact / NUM_FLIPS))
+
+
+def test_the_p_of_bleu_is_that_of_all_swaps_of_rows():
+    texts = [RIGHT, WRONG, "A red bag of wool, 120", "A bag of leather", RIGHT, "A red bag of felt"]
+    a = row_counts([Answer(str(row), RIGHT, text) for row, text in enumerate(texts)])
+    b = row_counts([Answer(str(row), RIGHT, text) for row, text in enumerate(texts[1:] + [WRONG])])
+    apart = []
+    for swaps in product([False, True], repeat=len(a)):
+        swap = np.array(swaps)[:, None]
+        one, other = np.where(swap, b, a), np.where(swap, a, b)
+        apart.append(abs(bleu_of(other.sum(axis=0)) - bleu_of(one.sum(axis=0))))
+    exact = np.mean([distance >= apart[0] - 1e-12 for distance in apart])
+    assert 2 / 64 < exact < 1
+    assert bleu_swap_p(a, b) == exact
+    again = np.vstack([a, a, a]), np.vstack([b, b, b])  # 18 rows are drawn
+    assert 1 / NUM_FLIPS < bleu_swap_p(*again) < exact
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 13])
+def test_few_rows_prove_no_more_by_bleu_than_by_another_metric(n: int) -> None:
+    """All and none of n swaps reach a difference that all rows share: p is 2 of 2^n."""
+    found = compare(NAMES, answers(np.zeros(n) > 0), answers(np.zeros(n) == 0), None)
+    assert {difference.p for difference in found.values()} == {2 / 2**n}
 
 
 def test_ties_count_whatever_the_order_of_the_sum():
     differences = np.array([0.1, 0.2, 0.3, 0.7])  # only all plus and all minus reach it: 2 of 16
-    assert sign_flip_p(differences) == pytest.approx(2 / 16, abs=0.015)
-    assert sign_flip_p(np.full(3, 0.1)) == pytest.approx(2 / 8, abs=0.02)
+    assert sign_flip_p(differences) == 2 / 16
+    assert sign_flip_p(np.full(3, 0.1)) == 2 / 8
 
 
 def test_a_true_difference_is_found_and_named_with_its_size():

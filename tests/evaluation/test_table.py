@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 
 from phi3v.data import Dataset
+from phi3v.evaluation.comparison import Comparison
 from phi3v.evaluation.evaluate import Evaluation
-from phi3v.evaluation.metrics import Score
-from phi3v.evaluation.table import score_table
+from phi3v.evaluation.metrics import Difference, Score
+from phi3v.evaluation.table import all_tables, score_table
 
 SCORES = {
     "category_accuracy": Score(0.98127, 0.963, 0.9961, 267),
     "price_mape": Score(0.1, 0.05, 0.15, 266),
+    "price_mae": Score(1234.5678, 9.0, 1e4, 266),
     "title_exact_match_unseen": Score(None, None, None, 0),
     "blind_category_accuracy": Score(0.11236, 0.08, 0.15, 267),
     "blind_price_mape": Score(None, None, None, 0),
@@ -29,10 +31,12 @@ def test_models_stand_side_by_side(dataset: Dataset) -> None:
     assert score_table({"runs/demo": one, "models/tiny": other}) == (
         "metric                     runs/demo                                  models/tiny\n"
         "loss                       0.5123                                     12.0000\n"
-        "category_accuracy          0.981 [0.963, 0.996] n=267   blind 0.112   "
-        "0.981 [0.963, 0.996] n=267   blind 0.112\n"
-        "price_mape                 0.100 [0.050, 0.150] n=266                 "
-        "0.250 [0.200, 0.300] n=266\n"
+        "category_accuracy          98.1% [96.3%, 99.6%] n=267   blind 11.2%   "
+        "98.1% [96.3%, 99.6%] n=267   blind 11.2%\n"
+        "price_mape                 10.0% [5.0%, 15.0%] n=266                  "
+        "25.0% [20.0%, 30.0%] n=266\n"
+        "price_mae                  1,235 [9, 1e+04] n=266                     "
+        "1,235 [9, 1e+04] n=266\n"
         "title_exact_match_unseen   no rows                                    no rows"
     )
 
@@ -43,5 +47,12 @@ def test_without_a_blind_control_none_is_shown(dataset: Dataset) -> None:
     assert table.splitlines() == [
         "metric        m",
         "loss          1.0000",
-        "exact_match   0.500 [0.250, 0.750] n=8",
+        "exact_match   50.0% [25.0%, 75.0%] n=8",
     ]
+
+
+def test_without_metrics_there_is_no_table_of_differences(dataset: Dataset) -> None:
+    models = {name: Evaluation({}, 1.0, [], dataset) for name in "ab"}
+    assert all_tables(models, [Comparison("a", "b", {})]) == score_table(models)
+    pair = Comparison("a", "b", {"anls": Difference(0.5, 0.25, 0.75, 0.001, 9)})
+    assert all_tables(models, [pair]).split("\n\n")[1].startswith("b - a   difference\n")

@@ -51,13 +51,18 @@ def read_rows(answers: Sequence[Answer], pattern: Pattern | None) -> list[Row]:
     return [_read_row(answer, pattern) for answer in answers]
 
 
+def misfit(place: str, reference: str, pattern: Pattern) -> ConfigError:
+    """The refusal of a reference that the pattern cannot read; `place` says where it is."""
+    return ConfigError(
+        f"{place}: the reference '{reference}' does not fit the pattern '{pattern.template}'; "
+        "correct eval.pattern, or the assistant text of the dataset"
+    )
+
+
 def _read_row(answer: Answer, pattern: Pattern | None) -> Row:
     if pattern is None:
         return Row(answer, None, None)
     truth = pattern.parse(answer.reference)
     if truth is None:
-        raise ConfigError(
-            f"row '{answer.id}': the reference '{answer.reference}' does not fit the pattern "
-            f"'{pattern.template}'; correct eval.pattern, or the assistant text of the dataset"
-        )
+        raise misfit(f"row '{answer.id}'", answer.reference, pattern)
     return Row(answer, truth, pattern.parse(answer.prediction))

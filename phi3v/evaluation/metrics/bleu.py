@@ -1,9 +1,9 @@
 """BLEU of a corpus, as sacrebleu computes it, from counts that add up over rows.
 
 The score of many rows is not the mean of their scores: counts of matching word sequences are added
-first. So a resample needs only sums of the rows' counts, not their texts. The signature is
-sacrebleu's default, nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp, by which answers without four
-words score 0; the score is a fraction.
+first. So a resample, or a swap of two models' rows, needs only sums of the rows' counts, not their
+texts. The signature is sacrebleu's default, nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp, by
+which answers without four words score 0; the score is a fraction.
 """
 
 from collections.abc import Sequence
