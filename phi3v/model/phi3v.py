@@ -107,7 +107,6 @@ class Phi3VModel(Phi3VPreTrainedModel):
         for layer in self.layers:
             if kept is not None:
                 kept.append(hidden)
-            is_last = layer is self.layers[-1]
             hidden = run_layer(
                 layer,
                 how if torch.is_grad_enabled() else "none",
@@ -117,7 +116,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 segments=segments,
-                places=places if is_last else None,
+                places=places if layer is self.layers[-1] else None,
             )
         return self.norm(hidden)
 
