@@ -1,7 +1,7 @@
 """Run by torchrun: take optimizer steps with DeepSpeed on a tiny model and report what they did.
 
 steps.py frozen JSON OUT       one step for each module frozen in turn, and for none
-steps.py precision JSON OUT    steps in bfloat16 beside the same in plain torch
+steps.py precision FOLDER OUT  steps in bfloat16 under every JSON of a folder, beside plain torch
 steps.py losses FOLDER OUT     steps in float32 under every JSON of a folder
 
 Writes OUT, a JSON file, on the first rank.
@@ -112,15 +112,14 @@ def frozen_cases(path: Path, ranks: Ranks) -> dict[str, Any]:
 def losses(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """The losses of steps on the same packs, summed over ranks and rounds, by the JSON's name.
 
-    Then a step whose gradient is not a number: its norm, and whether the weights stayed. Files
-    with a second partition come last: DeepSpeed keeps its groups for the whole process.
+    Then a step whose gradient is not a number: its norm, and whether the weights stayed.
     """
     import torch
 
     from phi3v.training import zero
 
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda p: (b"hpz" in p.read_bytes(), p.name)):
+    for path in configs(folder):
         engine, ds = build(path, ranks, recipe(LR, []), torch.float32)
         own = packs(ranks.world_size, ds.accumulation)[ranks.rank :: ranks.world_size]
         of_steps = [one_step(engine, own) for _ in range(FEW_STEPS)]
@@ -130,6 +129,11 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
         found[path.name] = {"losses": of_steps, "norm": norm, "kept": kept}
         engine.destroy()
     return found
+
+
+def configs(folder: Path) -> list[Path]:
+    """The JSONs, those with a second partition last: DeepSpeed keeps it for the whole process."""
+    return sorted(folder.glob("*.json"), key=lambda path: (b"hpz" in path.read_bytes(), path.name))
 
 
 def one_step(engine: Any, batches: list[dict[str, Any]], scale: float = 1.0) -> float:
@@ -147,8 +151,14 @@ def one_step(engine: Any, batches: list[dict[str, Any]], scale: float = 1.0) -> 
     return float(zero.sum_over_ranks(total))
 
 
-def precision(path: Path, ranks: Ranks) -> dict[str, Any]:
-    """How far DeepSpeed's steps are from plain torch's with float32 gradients and weights."""
+def precision(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """How far DeepSpeed's steps are from plain torch's, by the JSON's name."""
+    steps_of: dict[str, Any] = {}  # plain torch's, by what they depend on
+    return {path.name: one_precision(path, ranks, steps_of) for path in configs(folder)}
+
+
+def one_precision(path: Path, ranks: Ranks, steps_of: dict[str, Any]) -> dict[str, Any]:
+    """How far they are from those with float32 gradients and weights; {} but on the first rank."""
     import torch
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
@@ -171,7 +181,14 @@ def precision(path: Path, ranks: Ranks) -> dict[str, Any]:
             first = whole(engine)
     masters = {names[id(p)]: safe_get_full_fp32_param(p) for p in trained(engine.module)}
     after = whole(engine)
-    expected_grads, expected = plain(cfg, ds, batches)
+    engine.destroy()
+    if not ranks.is_first:
+        return {}
+    params = ds.json["optimizer"]["params"]
+    key = json.dumps([params["betas"], params["eps"], ds.gradient_clipping, len(batches)])
+    if key not in steps_of:
+        steps_of[key] = plain(cfg, ds, batches)
+    expected_grads, expected = steps_of[key]
     return {
         "gradient": far(grads, expected_grads),
         "movement": far(moved(masters, before), moved(expected, before)),

@@ -26,12 +26,18 @@ STEPS = 8
 HALF = STEPS // 2
 
 
-def adapted(name: str, folder: Path, **changes: Any) -> Path:
-    """A shipped file with a batch of 4 packs and torch's Adam; `changes` replace whole sections."""
+BETAS = {"betas": [0.9, 0.95], "eps": 1e-8}
+
+
+def adapted(name: str, folder: Path, copy: str = "", **changes: Any) -> Path:
+    """A shipped file with a batch of 4 packs and torch's Adam; `changes` replace whole sections.
+
+    copy  its name, if not that of the file
+    """
     content = json.loads((FOLDER / name).read_text(encoding="utf-8"))
-    params = {"torch_adam": True, "betas": [0.9, 0.95], "eps": 1e-8}
+    params = {"torch_adam": True} | BETAS
     content |= {"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": params}}
-    path = folder / name
+    path = folder / (copy or name)
     path.write_text(json.dumps(content | changes), encoding="utf-8")
     return path
 
@@ -66,45 +72,49 @@ def check_precision(found: dict[str, Any]) -> None:
     assert found["is_rounded"]
 
 
-@pytest.mark.parametrize("name", IN_BF16)
-def test_bf16_keeps_weights_and_adds_up_gradients_in_float32(name: str, tmp_path: Path) -> None:
-    check_precision(steps("precision", adapted(name, tmp_path), 2))
-
-
 def compiled(name: str) -> bool:
     """Whether DeepSpeed's extension has been compiled on this machine."""
     folder = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
     return Path(folder, name, f"{name}.so").is_file()
 
 
+def needs(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not compiled(name), reason=f"{name} is not compiled here")
+
+
+@pytest.fixture(scope="module")
+def precisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the bf16 files do, and zero3 and zero3_offload with other optimizers."""
+    folder = tmp_path_factory.mktemp("bf16")
+    for name in IN_BF16:
+        adapted(name, folder)
+    others = {"torch.json": ("zero3.json", {"torch_adam": True, "fused": True})}
+    if compiled("fused_adam"):
+        others["fused.json"] = ("zero3.json", {})
+    if compiled("cpu_adam"):
+        others["cpu.json"] = ("zero3_offload.json", {})
+    for copy, (name, params) in others.items():
+        adapted(name, folder, copy, optimizer={"type": "AdamW", "params": params | BETAS})
+    return steps("precision", folder, 2)
+
+
+@pytest.mark.parametrize("name", IN_BF16)
+def test_bf16_keeps_weights_and_adds_up_gradients_in_float32(
+    name: str, precisions: dict[str, Any]
+) -> None:
+    check_precision(precisions[name])
+
+
 @pytest.mark.parametrize(
-    ("name", "params"),
+    "copy",
     [
-        pytest.param("zero3.json", {"torch_adam": True, "fused": True}, id="torch, fused"),
-        pytest.param(
-            "zero3.json",
-            {},
-            id="DeepSpeed's FusedAdam",
-            marks=pytest.mark.skipif(
-                not compiled("fused_adam"), reason="fused_adam is not compiled here"
-            ),
-        ),
-        pytest.param(
-            "zero3_offload.json",
-            {},
-            id="DeepSpeed's CPUAdam",
-            marks=pytest.mark.skipif(
-                not compiled("cpu_adam"), reason="cpu_adam is not compiled here"
-            ),
-        ),
+        pytest.param("torch.json", id="torch, fused"),
+        pytest.param("fused.json", id="DeepSpeed's FusedAdam", marks=needs("fused_adam")),
+        pytest.param("cpu.json", id="DeepSpeed's CPUAdam", marks=needs("cpu_adam")),
     ],
 )
-def test_every_optimizer_takes_the_steps_of_adamw(
-    name: str, params: dict[str, Any], tmp_path: Path
-) -> None:
-    betas = {"betas": [0.9, 0.95], "eps": 1e-8}
-    optimizer = {"type": "AdamW", "params": params | betas}
-    check_precision(steps("precision", adapted(name, tmp_path, optimizer=optimizer), 2))
+def test_every_optimizer_takes_the_steps_of_adamw(copy: str, precisions: dict[str, Any]) -> None:
+    check_precision(precisions[copy])
 
 
 # --- what is trained ---
@@ -185,12 +195,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> list[flo
     return train(recipe, adapted("zero3_cpu.json", tmp_path_factory.mktemp("unbroken")), STEPS)
 
 
-@pytest.mark.parametrize("name", ["zero1.json", "zero2.json"])
-def test_stages_that_keep_weights_whole_train_evaluate_and_resume_as_stage_3(
-    name: str, recipe: Path, unbroken: list[float], tmp_path: Path
+def test_a_stage_that_keeps_weights_whole_trains_evaluates_and_resumes_as_stage_3(
+    recipe: Path, unbroken: list[float], tmp_path: Path
 ) -> None:
     """The second half is taken up from a checkpoint; both halves end with an evaluation."""
-    config = adapted(name, tmp_path, bf16={"enabled": False})
+    config = adapted("zero2.json", tmp_path, bf16={"enabled": False})
     assert len(train(recipe, config, HALF)) == HALF
     assert train(recipe, config, STEPS) == pytest.approx(unbroken, rel=1e-5)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
