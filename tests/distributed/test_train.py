@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from phi3v.data import Dataset
+from phi3v.training.ranks import free_port
 from tests.commands import (
     TIMEOUT,
     deepspeed,
@@ -178,7 +179,9 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(unbroken: Path, re
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(
     recipe: Path, tmp_path: Path
 ) -> None:
-    done = run(*deepspeed(3, recipe), cwd=tmp_path)
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run(*python(recipe), cwd=tmp_path, **rank, **meeting)
     assert done.returncode == 2
     message = last_line(done, "ConfigError")
     assert "train_batch_size 8 is not divisible by 1 pack x 3 ranks" in message
