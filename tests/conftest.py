@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from phi3v.training.ranks import RANK_VARIABLES
+from tests.browser import Browser, started
 from tests.tiny import make_catalogue, make_mixed_shards, make_model, make_shards
 
 # Files by the time they take, longest first: one that begins last keeps the other worker waiting.
@@ -75,3 +76,12 @@ def mixed_shards(
 ) -> Path:
     """48 samples, every other one without a picture; none longer than 80 tokens."""
     return make_mixed_shards(catalogue, tiny_model, tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser that is asked for nothing and has nothing to complain about."""
+    with started() as browser:
+        yield browser
+        assert browser.requests == []
+        assert browser.complaints == []

@@ -14,12 +14,12 @@ from huggingface_hub import metadata_load
 
 from phi3v.config import RunConfig, to_dict
 from phi3v.evaluation.metrics import describe, is_rate
+from phi3v.evaluation.metrics.names import BLIND
 from phi3v.export.opening import read_run
 from phi3v.export.originals import find_base
 from phi3v.files import write_text
 from phi3v.training.run_folder import DATA, ENVIRONMENT, RunFolder
 
-BLIND = "blind_"
 OF_WHOLE = ("library_name", "pipeline_tag")  # keys that do not hold for the text half
 INHERITED = ("license", "license_name", "license_link", "language")  # of the base's own card
 PLACES = ("run.out", "model.path", "deepspeed")  # keys of a recipe that hold one path

@@ -38,9 +38,8 @@ def evaluation_settings(model: Path, overrides: Sequence[str]) -> EvalSection:
 
     Raises: ConfigError naming a key that is wrong.
     """
-    is_run = (model / CONFIG).is_file()
-    values = {"eval": to_dict(read_run(model))["eval"]} if is_run else {}
-    place = model / CONFIG if is_run else Path("the command line")
+    values = {"eval": to_dict(read_run(model))["eval"]} if _is_run(model) else {}
+    place = model / CONFIG if _is_run(model) else Path("the command line")
     return build_recipe(EvaluationConfig, values, place, overrides).eval
 
 
@@ -54,13 +53,12 @@ def base_of(model: str) -> str:
             f"{model} is the text half of a model, exported with --llama-cpp for llama.cpp alone; "
             "name its run's folder, or an export without --llama-cpp"
         )
-    is_run = (Path(model) / CONFIG).is_file()
-    return read_run(Path(model)).model.path if is_run else model
+    return read_run(Path(model)).model.path if _is_run(Path(model)) else model
 
 
 def open_any(model: str, settings: EvalSection) -> Generator:
     """Open a run's newest checkpoint, or a Hugging Face folder or hub name."""
-    if (Path(model) / CONFIG).is_file():
+    if _is_run(Path(model)):
         return open_run(Path(model), settings.max_new_tokens, settings.batch_rows)
     return open_model(model, settings.max_new_tokens, settings.batch_rows)
 
@@ -79,3 +77,7 @@ def open_run(run: Path, max_new_tokens: int, batch_rows: int) -> Generator:
     weights = open_weights(RunFolder(run).checkpoints)
     load_weights(model, weights, config.dtype or torch.float32)
     return as_generator(model, processor, max_new_tokens, batch_rows)
+
+
+def _is_run(model: Path) -> bool:
+    return (model / CONFIG).is_file()

@@ -18,6 +18,7 @@ import torch
 from phi3v.config import DatasetConfig, RunConfig, load_recipe
 from phi3v.data.format import MANIFEST
 from phi3v.errors import ConfigError
+from phi3v.evaluation.metrics.names import BLIND
 from phi3v.evaluation.report.words import metric_value
 from phi3v.prepare import prepare
 from phi3v.prepare.conversations import read_conversation
@@ -31,7 +32,6 @@ RANKS = 2
 SEED = 1  # of the catalogue; drawings and learning rate were chosen on seed 0
 QUESTION = "What is shown in this image?"
 COMPARED = ("eval.rows=50", "eval.blind=false")  # the model before and after; a few rows are enough
-BLIND = "blind_"
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """The report as a browser draws it: on a desktop, on a phone, in the dark, and on paper."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from phi3v.evaluation.report import write_report
-from tests.browser import Browser, needs_chromium, started
+from tests.browser import Browser, needs_chromium
 from tests.evaluation.reports import FULL, evaluation, rate
 
 pytestmark = [needs_chromium, pytest.mark.slow]
@@ -39,14 +38,6 @@ CONTRASTS = """(() => {
   const lines = [...document.querySelectorAll("polyline:not(.faint)")]
     .map(e => [contrast(e, getComputedStyle(e).stroke), e.className.baseVal]);
   return {texts, lines}; })()"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with started() as browser:
-        yield browser
-        assert browser.requests == []
-        assert browser.complaints == []
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 A colour may differ by 2 of 255 in each channel, for drawing with antialiasing rounds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from phi3v.data import Dataset
-from tests.browser import Box, Browser, Drawn, needs_chromium, started
+from tests.browser import Box, Browser, Drawn, needs_chromium
 from tests.view.conftest import BLUE, View
 
 pytestmark = [needs_chromium, pytest.mark.slow]
@@ -23,14 +23,6 @@ CUT, WHITE = (232, 89, 12), (255, 255, 255)
 
 
 Draw = Callable[..., Drawn]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with started() as browser:
-        yield browser
-        assert browser.requests == []
-        assert browser.complaints == []
 
 
 @pytest.fixture
