@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--width", type=int, default=3072, help="of the decoder; heads of 96")
+    parser.add_argument("--width", type=int, default=3072, help="of the decoder; the tower's is a third")
     parser.add_argument("--side", choices=SIDES, help="of one rank; set by the benchmark itself")
     parser.add_argument("--out", type=Path, help="set by the benchmark itself")
     arguments = parser.parse_args()
@@ -116,7 +116,12 @@ def make_model(width: int) -> Any:
         num_key_value_heads=heads,
         pad_token_id=0,
         rope_scaling={"type": "su", "short_factor": factors, "long_factor": factors},
-        vision_config={"num_hidden_layers": 3},
+        vision_config={
+            "num_hidden_layers": 3,
+            "hidden_size": width // 3,
+            "intermediate_size": width * 4 // 3,
+            "num_attention_heads": width // 192,
+        },
     )
     with torch.device("meta"):
         model = Phi3VForCausalLM(config).to(torch.bfloat16)

@@ -329,8 +329,8 @@ def longest(bench: Bench) -> None:
 
 def falls(bench: Bench) -> None:
     """The demo's own training on real shards: its loss must fall."""
-    values = ["train.max_steps=40", "optim.warmup_steps=5", "eval.rows=0", "wandb.mode=disabled"]
-    for command in (["products.py", "data/products", "--rows=300"], ["train.py", *values]):
+    values = ["train.max_steps=20", "optim.warmup_steps=5", "eval.rows=0", "wandb.mode=disabled"]
+    for command in (["products.py", "data/products", "--rows=120"], ["train.py", *values]):
         script = str(ROOT / "launch" / command[0])
         done = subprocess.run(
             [sys.executable, script, *command[1:]],
@@ -344,7 +344,7 @@ def falls(bench: Bench) -> None:
             sys.exit(done.stderr)
     text = (bench.folder / "runs/products/metrics.jsonl").read_text(encoding="utf-8")
     losses = [json.loads(line)["loss"] for line in text.splitlines()]
-    bench.say(f"loss of 40 steps: {losses[0]:.3f} -> {losses[-1]:.3f}")
+    bench.say(f"loss of 20 steps: {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0] - 1, losses
 
 

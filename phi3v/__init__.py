@@ -5,10 +5,12 @@ classes, so that a phi3_v folder opens without remote code.
 """
 
 import gc
+import sys
 
-# torch and transformers make a million objects that stay. To look through them again and again for
-# garbage while they are made takes a fifth of the import.
-_collects = gc.isenabled()
+# torch and transformers make a million objects that stay. To look through them for garbage, while
+# they are made or once after, takes a quarter of the import. What a caller has made before is not
+# frozen.
+_collects, _is_first = gc.isenabled(), "torch" not in sys.modules
 gc.disable()
 try:
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoProcessor
@@ -16,6 +18,8 @@ try:
     from phi3v.model import Phi3VConfig, Phi3VForCausalLM
     from phi3v.processing import Phi3VImageProcessor, Phi3VProcessor
 finally:
+    if _is_first:
+        gc.freeze()
     if _collects:
         gc.enable()
 

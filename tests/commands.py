@@ -88,6 +88,23 @@ def torchrun(ranks: int, *arguments: object) -> list[object]:
     return [BIN / "torchrun", *found, LAUNCH / "train.py", *arguments]
 
 
+def ranks(number: int, program: Path, *arguments: object) -> list[object]:
+    """The command line of a program on ranks without a launcher, which takes 3 s of a processor."""
+    script = [ROOT / "tests/ranks.sh", number, free_port()]
+    return ["bash", *script, sys.executable, program, *arguments]
+
+
+def plain(number: int, *arguments: object) -> list[object]:
+    """The command line of training on ranks without a launcher."""
+    return ranks(number, LAUNCH / "train.py", *arguments)
+
+
+def run_ranks(number: int, program: Path, *arguments: object) -> None:
+    """Run a program of ours on ranks, from the project's root; it must succeed."""
+    done = run(*ranks(number, program, *arguments), cwd=ROOT, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+
+
 def python(*arguments: object) -> list[object]:
     """The command line of training on one rank."""
     return [sys.executable, LAUNCH / "train.py", *arguments]

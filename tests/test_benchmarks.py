@@ -134,7 +134,7 @@ def test_a_gpus_sections_all_run_at_toy_size() -> None:
     shown = [line.split(":")[0] for line in lines]
     for side in ("ZeRO-3, pictures, none", "ZeRO-3, text, none", "plain loop, pictures, none"):
         assert side in shown
-    assert lines[-1].startswith("loss of 40 steps: ")
+    assert lines[-1].startswith("loss of 20 steps: ")
 
 
 def test_packing_is_compared_with_padding_and_with_chance() -> None:

@@ -150,7 +150,7 @@ def canvas_sizes(dataset: Dataset) -> np.ndarray:
     path = dataset.folder / dataset.entry["index"]["file"]
     with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
         sizes = stream.read_all()["image_sizes"].combine_chunks()
-    return np.asarray(sizes.flatten()).reshape(-1, 2)
+    return np.from_dlpack(sizes.flatten()).reshape(-1, 2)
 
 
 def bin_start(value: int) -> int:

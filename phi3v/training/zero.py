@@ -1,7 +1,9 @@
 """DeepSpeed: the engine, its weights into partitions and out of them, and what it measures."""
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +55,7 @@ def build_engine(
 
     Under ZeRO-3 a decoder or tower layer is gathered as a whole, not matrix by matrix.
     """
+    _import_muon()
     if ds.zero_stage == 3:
         set_z3_leaf_modules(model, list(LAYERS))
     engine, *_ = deepspeed.initialize(
@@ -60,6 +63,21 @@ def build_engine(
     )
     record_norms(engine.optimizer)
     return engine
+
+
+def _import_muon() -> None:
+    """Import an optimizer that DeepSpeed compares ours with, and never compile it.
+
+    Its functions are decorated with torch.compile, which loads the compiler's backend: 1.4 s of
+    each rank's start, and config/keys.py refuses Muon.
+    """
+    compiled = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        with suppress(ImportError):  # as DeepSpeed has it
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compiled
 
 
 def load_partitioned(

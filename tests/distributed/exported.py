@@ -1,4 +1,4 @@
-"""Run by torchrun: compare the weights read from checkpoints with those of the engines that saved.
+"""Run on ranks: compare the weights read from checkpoints with those of the engines that saved.
 
 exported.py FOLDER    train a step under every JSON of the folder, and save; writes FOLDER/found
 """

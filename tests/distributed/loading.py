@@ -1,4 +1,4 @@
-"""Run by torchrun: load a model straight into ZeRO-3 partitions and report what it took.
+"""Run on ranks: load a model straight into ZeRO-3 partitions and report what it took.
 
 loading.py FOLDER OUT    writes OUT/RANK.json: memory in bytes, and whether every value is right
 """

@@ -1,4 +1,4 @@
-"""Run by torchrun: the loop's own parts on a recipe, or packs of given kinds in turn.
+"""Run on ranks: the loop's own parts on a recipe, or packs of given kinds in turn.
 
 shares.py gradients RECIPE OUT   one step of the loop; OUT: loss, ids of its samples, gradients
 shares.py kinds JSON OUT         packs with no, one and many images for either rank in turn, under

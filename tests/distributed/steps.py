@@ -1,4 +1,4 @@
-"""Run by torchrun: take optimizer steps with DeepSpeed on a tiny model and report what they did.
+"""Run on ranks: take optimizer steps with DeepSpeed on a tiny model and report what they did.
 
 steps.py frozen JSON OUT       one step for each module frozen in turn, and for none
 steps.py precision FOLDER OUT  steps in bfloat16 under every JSON of a folder, beside plain torch

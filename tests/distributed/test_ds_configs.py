@@ -15,7 +15,7 @@ import pytest
 
 from phi3v.config import MODULES, default_deepspeed
 from phi3v.training.optimizer import module_of
-from tests.commands import BIN, ROOT, metrics, run, torchrun
+from tests.commands import metrics, plain, run, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -44,10 +44,8 @@ def adapted(name: str, folder: Path, copy: str = "", **changes: Any) -> Path:
 
 def steps(kind: str, config: Path, ranks: int) -> dict[str, Any]:
     """What tests/distributed/steps.py found."""
-    launch = ["--nproc_per_node", ranks, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     script, out = Path(__file__).with_name("steps.py"), config.with_suffix(".out")
-    done = run(BIN / "torchrun", *launch, script, kind, config, out, cwd=ROOT, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
+    run_ranks(ranks, script, kind, config, out)
     result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return result
 
@@ -185,7 +183,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_mod
 def train(recipe: Path, config: Path, max_steps: int) -> list[float]:
     """Train on 2 ranks up to a step, taking up what is there; the losses of all steps."""
     values = [f"train.max_steps={max_steps}", "--deepspeed_config", config]
-    done = run(*torchrun(2, recipe, *values), cwd=config.parent)
+    done = run(*plain(2, recipe, *values), cwd=config.parent)
     assert done.returncode == 0, done.stderr
     return [line["loss"] for line in metrics(config.parent / "run")]
 

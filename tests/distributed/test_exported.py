@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from phi3v.config import default_deepspeed
-from tests.commands import BIN, ROOT, run
+from tests.commands import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +27,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[
         content = {k: v for k, v in content.items() if not k.endswith(("_type", "_types"))}
         content["bf16"] = {"enabled": False}
         (folder / f"fp32-{stage}.json").write_text(json.dumps(content))
-    launch = ["--nproc_per_node", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     program = Path(__file__).with_name("exported.py")
-    done = run(BIN / "torchrun", *launch, program, folder, cwd=ROOT, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, program, folder)
     result: dict[str, dict[str, list[str]]] = json.loads((folder / "found").read_text())
     return result
 

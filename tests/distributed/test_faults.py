@@ -10,7 +10,7 @@ import pytest
 from phi3v.data import Dataset
 from phi3v.prepare import prepare
 from phi3v.training.faults import spike_limit
-from tests.commands import ROOT, last_line, metrics, python, run, torchrun
+from tests.commands import ROOT, last_line, metrics, plain, python, run
 from tests.tiny import recipe as dataset_recipe
 from tests.tiny import turn, write_jsonl
 
@@ -61,7 +61,7 @@ def faults(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_spike_is_skipped_on_all_ranks_and_written_down(run_recipe: Path, tmp_path: Path) -> None:
-    done = run(*torchrun(2, run_recipe), cwd=tmp_path)
+    done = run(*plain(2, run_recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines, found = metrics(tmp_path / "run"), faults(tmp_path / "run")
     skipped = [line for line in lines if line["skipped"]]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from phi3v.model import Phi3VForCausalLM
 from phi3v.samples.tiny import TinySizes, tiny_config, train_tokenizer
-from tests.commands import BIN, ROOT, run
+from tests.commands import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +40,8 @@ def test_no_rank_holds_more_than_its_share_and_two_tensors(
     large: tuple[Path, int, int], ranks: int, tmp_path: Path
 ) -> None:
     folder, total, largest = large
-    launch = ["--nproc_per_node", ranks, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     script = Path(__file__).with_name("loading.py")
-    done = run(BIN / "torchrun", *launch, script, folder, tmp_path, cwd=ROOT, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
+    run_ranks(ranks, script, folder, tmp_path)
     # Measured: 1.00 x share + 1.1 x largest tensor, with 2 ranks and with 4.
     limit = 1.3 * total / ranks + 2 * largest
     assert limit < 0.9 * total, "too small a model to tell a share from the whole"

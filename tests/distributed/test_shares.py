@@ -12,7 +12,7 @@ from phi3v.data import Dataset
 from phi3v.data.batch import collate, model_inputs
 from phi3v.model import Phi3VForCausalLM
 from phi3v.prepare import prepare
-from tests.commands import BIN, ROOT, run
+from tests.commands import run_ranks
 from tests.tiny import recipe, turn, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -24,10 +24,8 @@ LOSS = 1e-6  # relative; measured: 1.7e-7
 
 def shares(kind: str, path: Path, out: Path, ranks: int) -> Any:
     """What tests/distributed/shares.py found."""
-    launch = ["--nproc_per_node", ranks, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     script = Path(__file__).with_name("shares.py")
-    done = run(BIN / "torchrun", *launch, script, kind, path, out, cwd=ROOT, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
+    run_ranks(ranks, script, kind, path, out)
     return torch.load(out, weights_only=False)
 
 

@@ -17,6 +17,7 @@ from tests.commands import (
     kill,
     last_line,
     metrics,
+    plain,
     python,
     run,
     start,
@@ -63,18 +64,34 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_one_rank_gives_the_same_losses_and_keeps_the_checkpoints_it_is_told_to(
-    unbroken: Path, recipe: Path, tmp_path: Path
-) -> None:
-    kept = "checkpoint={every: 2, keep: 2, keep_every: 6, best: loss}"
-    done = run(*python(recipe, "eval.every=4", kept), cwd=tmp_path)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> tuple[Path, set[str]]:
+    """The run folder of one rank, and the names of all modules that it imported."""
+    cwd, kept = tmp_path_factory.mktemp("alone"), "{every: 2, keep: 2, keep_every: 6, best: loss}"
+    values = ["eval.every=4", f"checkpoint={kept}"]
+    done = run(*python(recipe, *values), cwd=cwd, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), abs=TOLERANCE)
-    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return cwd / "run", {line.split("|")[2].strip() for line in lines}
+
+
+def test_a_rank_imports_nothing_large_that_it_does_not_need(alone: tuple[Path, set[str]]) -> None:
+    """Each of these takes a third of a second to two seconds of every start."""
+    _, imported = alone
+    assert "torch" in imported
+    assert not imported & {"pandas", "datasets", "wandb", "torch._inductor.lowering", "sklearn"}
+
+
+def test_one_rank_gives_the_same_losses_and_keeps_the_checkpoints_it_is_told_to(
+    unbroken: Path, alone: tuple[Path, set[str]]
+) -> None:
+    folder, _ = alone
+    assert losses(folder) == pytest.approx(losses(unbroken), abs=TOLERANCE)
+    lines = (folder / "evaluations.jsonl").read_text().splitlines()
     evaluated = {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
     assert list(evaluated) == [4, 8, 12]
     best = min(evaluated, key=evaluated.__getitem__)
-    saved = tmp_path / "run" / "checkpoints"
+    saved = folder / "checkpoints"
     assert (saved / "best").read_text() == f"step-{best:08d}"
     assert [int(path.name[5:]) for path in sorted(saved.glob("step-*"))] == [6, 10, 12]
 
@@ -196,7 +213,7 @@ def test_packs_with_and_without_images_never_leave_a_rank_waiting(
     (tmp_path / "zero3.json").write_text(json.dumps(config))
     values = [f"data.shards={mixed_shards}", "data.max_tokens=80", "data.window=4", "eval.rows=0"]
     done = run(
-        *torchrun(2, recipe, *values, "--deepspeed_config", "zero3.json"), cwd=tmp_path, timeout=90
+        *plain(2, recipe, *values, "--deepspeed_config", "zero3.json"), cwd=tmp_path, timeout=90
     )
     assert done.returncode == 0, done.stderr
     views = [line["views"] for line in metrics(tmp_path / "run")]
@@ -208,7 +225,7 @@ def test_packs_with_and_without_images_never_leave_a_rank_waiting(
 def test_whole_epochs_train_on_every_sample_once(recipe: Path, tmp_path: Path) -> None:
     """The last step has fewer packs than ranks ask for; empty ones fill it."""
     values = ["train={epochs: 1}", "eval.rows=0", "optim.warmup_steps=0"]
-    done = run(*torchrun(2, recipe, *values), cwd=tmp_path)
+    done = run(*plain(2, recipe, *values), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
     data = json.loads((tmp_path / "run" / "data.json").read_text())
@@ -222,7 +239,7 @@ def test_several_datasets_are_mixed_by_weight(
     """An epoch holds every sample of the first, and half of the other's."""
     parts = json.dumps([{"path": str(tiny_shards)}, {"path": str(mixed_shards), "weight": 0.5}])
     values = [f"data.shards={parts}", "train={epochs: 1}", "eval.rows=2", "optim.warmup_steps=0"]
-    done = run(*torchrun(2, recipe, *values), cwd=tmp_path)
+    done = run(*plain(2, recipe, *values), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, other = (len(Dataset(folder, "train")) for folder in (tiny_shards, mixed_shards))
     assert sum(line["samples"] for line in metrics(tmp_path / "run")) == first + other // 2
@@ -233,7 +250,7 @@ def test_several_datasets_are_mixed_by_weight(
 def test_one_pack_is_overfitted_and_steps_are_profiled(recipe: Path, tmp_path: Path) -> None:
     values = ["debug={overfit_one_pack: true, profile_steps: [2, 3], deterministic: true}"]
     values += ["model.checkpointing=selective", "eval.rows=0", "optim.warmup_steps=0"]
-    done = run(*torchrun(2, recipe, *values), cwd=tmp_path)
+    done = run(*plain(2, recipe, *values), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
     assert len({(line["samples"], line["tokens"], line["views"]) for line in lines}) == 1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from phi3v.config import default_deepspeed
-from tests.commands import BIN, ROOT, metrics, python, run, torchrun
+from tests.commands import BIN, ROOT, metrics, plain, python, run, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def test_the_number_of_ranks_may_change_with_every_start(recipe: Path, tmp_path:
     before = None
     for start, ranks in enumerate(WORLDS, 1):
         last = f"train.max_steps={start * STEPS}"
-        command = torchrun(ranks, recipe, last) if ranks > 1 else python(recipe, last)
+        command = plain(ranks, recipe, last) if ranks > 1 else python(recipe, last)
         done = run(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         said = [line for line in done.stderr.splitlines() if line.startswith("converting ")]
@@ -84,10 +84,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
             content["bf16"] = {"enabled": False}
         (folder / case).write_text(json.dumps(content))
     for ranks in (2, 1):
-        launch = ["--nproc_per_node", ranks, "--rdzv_backend", "c10d"]
-        script = [*launch, "--rdzv_endpoint", "localhost:0", Path(__file__).with_name("worlds.py")]
-        done = run(BIN / "torchrun", *script, folder, cwd=ROOT, PYTHONPATH=str(ROOT))
-        assert done.returncode == 0, done.stderr
+        run_ranks(ranks, Path(__file__).with_name("worlds.py"), folder)
     result: dict[str, dict[str, Any]] = json.loads((folder / "found").read_text(encoding="utf-8"))
     return result
 

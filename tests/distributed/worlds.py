@@ -1,4 +1,4 @@
-"""Run by torchrun, once on some ranks and then on others: is the state the same?
+"""Run on ranks, once on some ranks and then on others: is the state the same?
 
 worlds.py FOLDER    for every JSON of FOLDER a tiny model: the first time, some steps and a
                     checkpoint; the second, that checkpoint on other ranks, saved again at once

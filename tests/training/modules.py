@@ -1,4 +1,4 @@
-"""Run by torchrun: take a step under every file of a folder, and report the norms of its gradient.
+"""Run on ranks: take a step under every file of a folder, and report the norms of its gradient.
 
 modules.py FOLDER OUT
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from phi3v.config import MODULES, default_deepspeed
-from tests.commands import BIN, ROOT, run
+from tests.commands import run_ranks
 from tests.training.modules import FROZEN
 
 pytestmark = pytest.mark.slow
@@ -33,10 +33,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
             content = {k: v for k, v in content.items() if not k.endswith(("_type", "_types"))}
             content["bf16"] = {"enabled": False}
         (folder / f"{case}.json").write_text(json.dumps(content))
-    launch = ["--nproc_per_node", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     script, out = Path(__file__).with_name("modules.py"), folder / "found"
-    done = run(BIN / "torchrun", *launch, script, folder, out, cwd=ROOT, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, script, folder, out)
     result: dict[str, dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
     return result
 
