@@ -1,6 +1,5 @@
 """Every benchmark runs, small, and prints its sides beside each other; none is timed here."""
 
-import os
 import runpy
 import subprocess
 import sys
@@ -30,7 +29,6 @@ SMALL = {
     "collectives.py": ["--width=192"],
     "gpu.py": ["--steps=1"],
 }
-COMPILED = {"step.py", "gpu.py"}
 PIECES = {"timing.py", "mixture.py", "padded.py", "fullsize.py", "gpu_checks.py"}
 
 pytestmark = pytest.mark.slow
@@ -40,12 +38,8 @@ pytestmark = pytest.mark.slow
 def lines_of(script: str) -> list[str]:
     """What a benchmark prints; each is run once."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *SMALL[script]]
-    # Not to import torch's compiler saves each process a second.
-    variables = os.environ | {"TORCH_COMPILE_DISABLE": str(int(script not in COMPILED))}
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(
-            command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300
-        )
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 

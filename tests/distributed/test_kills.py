@@ -70,9 +70,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Nothing is compiled here, and not to import torch's compiler saves a second a rank."""
-    built = own_extensions(tmp_path_factory.mktemp("extensions") / "built")
-    return built | {"TORCH_COMPILE_DISABLE": "1"}
+    return own_extensions(tmp_path_factory.mktemp("extensions") / "built")
 
 
 @pytest.fixture(scope="module")
