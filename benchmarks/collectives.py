@@ -34,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--width", type=int, default=3072, help="of the decoder; the tower's is a third")
+    parser.add_argument(
+        "--width", type=int, default=3072, help="of the decoder; the tower's is a third"
+    )
     parser.add_argument("--side", choices=SIDES, help="of one rank; set by the benchmark itself")
     parser.add_argument("--out", type=Path, help="set by the benchmark itself")
     arguments = parser.parse_args()
