@@ -1,5 +1,6 @@
 """Checkpoints are whole or invisible, wherever a crash cuts in; what is wanted stays."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 
 from phi3v.errors import CheckpointError
+from phi3v.training.checkpoints.saving import leave_marker
 from phi3v.training.checkpoints.store import (
     MANIFEST,
+    SavedFile,
     find_damage,
     partial_name,
     publish,
@@ -311,3 +314,21 @@ def test_a_crash_anywhere_in_removing_leaves_no_half_checkpoint_visible(tmp_path
         remove_leftovers(folder)
         retain(folder, 1, 0, {2: 1.0})
         assert names(folder) == ["best", "latest", "step-00000002", "step-00000003"]
+
+
+def test_a_checkpoint_may_get_its_name_the_moment_the_last_marker_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank's thread looks for it while another rank is still in the call."""
+    partial = tmp_path / partial_name(2)
+    partial.mkdir()
+    replace = os.replace
+
+    def replace_and_publish(source: Path, target: Path) -> None:
+        replace(source, target)
+        partial.rename(tmp_path / step_name(2))
+
+    monkeypatch.setattr(os, "replace", replace_and_publish)
+    leave_marker(partial, 1, {"weights.pt": SavedFile(3, "abc")})
+    (left,) = (tmp_path / step_name(2)).iterdir()
+    assert json.loads(left.read_text()) == {"weights.pt": {"bytes": 3, "sha256": "abc"}}

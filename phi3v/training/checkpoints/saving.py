@@ -28,7 +28,7 @@ import torch.distributed
 from phi3v.config.running import CheckpointSection
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError
-from phi3v.files import sha256, write_json
+from phi3v.files import sha256
 from phi3v.training import zero
 from phi3v.training.checkpoints.store import (
     SavedFile,
@@ -132,8 +132,7 @@ class Saver:
         self, partial: Path, step: int, facts: dict[str, Any], files: Mapping[str, SavedFile]
     ) -> None:
         """What a rank's thread does when its files are down."""
-        marker = partial / _marker(self.ranks.rank)
-        write_json(marker, {name: asdict(file) for name, file in files.items()})
+        leave_marker(partial, self.ranks.rank, files)
         if not self.ranks.is_first:
             return
         write_manifest(partial, facts, self._collect(partial))
@@ -155,6 +154,18 @@ class Saver:
             if path.name not in files:
                 files[path.name] = SavedFile(path.stat().st_size, sha256(path))
         return files
+
+
+def leave_marker(partial: Path, rank: int, files: Mapping[str, SavedFile]) -> None:
+    """Say what a rank's files should be, now that they are down.
+
+    With the marker's name the folder is the first rank's, which may give it another at once: so
+    nothing here is done to it afterwards, not even a flush. The manifest replaces all markers.
+    """
+    marker = partial / _marker(rank)
+    temporary = marker.with_suffix(".tmp")
+    temporary.write_text(json.dumps({name: asdict(file) for name, file in files.items()}), "utf-8")
+    temporary.replace(marker)
 
 
 def _marker(rank: int) -> str:
