@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from timing import ROOT, describe_machine
 
-from phi3v.training.ranks import run_command, set_environment
+from phi3v.training.ranks import free_port, run_command, set_environment
 
 SIDES = ("stock", "ours")
 RANKS = 2
@@ -55,14 +56,22 @@ def main() -> None:
 
 def launch(side: str, width: int, out: Path) -> dict[str, int]:
     """Run one side on two ranks of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__]
-    command += ["--width", str(width), "--side", side, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
+    command = [sys.executable, __file__, "--width", str(width), "--side", side, "--out", str(out)]
+    shared = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ThreadPoolExecutor(RANKS) as threads:
+        errors = list(threads.map(lambda rank: run_rank(command, shared, rank), range(RANKS)))
+    if any(errors):
+        sys.exit("\n".join(errors))
     counts: dict[str, int] = json.loads(out.read_text())
     return counts
+
+
+def run_rank(command: list[str], shared: dict[str, str], rank: int) -> str:
+    """Run a rank to its end; returns what it said if it failed."""
+    own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    return done.stderr if done.returncode else ""
 
 
 def count_side(arguments: argparse.Namespace) -> None:
@@ -88,18 +97,20 @@ def count_side(arguments: argparse.Namespace) -> None:
         engine, *_ = deepspeed.initialize(
             model=stock, config=stock_settings(), dist_init_required=False
         )
-    counts = [count_collectives(engine, sample) for _ in range(3)]
+    for _ in range(2):
+        engine.backward(engine(**sample))
+        engine.step()
+    counts = count_collectives(engine, sample)
     if ranks.is_first:
-        arguments.out.write_text(json.dumps(counts[-1]))
+        arguments.out.write_text(json.dumps(counts))
     zero.leave_together()
 
 
 def count_collectives(engine: Any, sample: dict[str, Any]) -> Counter[str]:
-    """Collectives by name of one forward and backward, and of the step behind it."""
+    """Collectives by name of one forward and backward."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         engine.backward(engine(**sample))
     names = [event.name for event in profile.events() if event.name.startswith("c10d::")]
-    engine.step()
     return Counter(name.removeprefix("c10d::").strip("_") for name in names)
 
 

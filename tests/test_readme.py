@@ -52,6 +52,8 @@ def adapted(command: str) -> list[str]:
         words += SHORT
     if words[0] == "deepspeed":
         words[1:1] = ["--master_port", str(free_port())]
+    if "launch/evaluate.py" in words:
+        words.append("eval.rows=4")
     if "launch/products.py" in words:
         words[words.index("3000")] = "150"
     return words
