@@ -8,7 +8,8 @@ them made. `padded` fills the images of a row up to the most that its batch has,
 tensor asks for; `joined` lays the images of a batch one after the other; `again` is `padded` and
 computes every layer a second time in the backward pass, as the cookbook's recipe does. `packed` is
 ours, `fused` the same with kernels fused by torch.compile, as `auto` chooses on CUDA. Printed are
-real tokens a second: padding counts for nothing.
+real tokens a second: padding counts for nothing. Beside the ratios of times stand those of matrix
+products: what a machine that did nothing else would show.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from mixture import draw_mixture
 from padded import ROWS, PaddedRecipe, pad_rows
 from timing import describe_machine, measure, ratios
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from phi3v.data.batch import Batch, collate, model_inputs
 from phi3v.data.packing import Budget, Plan, Position
@@ -80,7 +82,8 @@ def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> 
         for is_square in (True, False)
     )
     padded = PaddedRecipe(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
 
     def ours(pack: Batch) -> Tensor:
         return model(**model_inputs(pack, settings, CPU))
@@ -98,7 +101,8 @@ def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> 
         "packed": lambda: train(ours, packs, optimizer),
         "fused": lambda: train(fused, packs, optimizer),
     }
-    losses = [call() for call in sides.values()]
+    counted = {name: count_flops(call) for name, call in sides.items() if name != "fused"}
+    losses = [sides["fused"](), *(loss for loss, _ in counted.values())]
     assert np.allclose(losses, losses[0], rtol=1e-4), f"the sides disagree: {losses}"
     times = measure(sides, arguments.repeats)
     positions = sum(batch["input_ids"].numel() for batch in batches)
@@ -109,7 +113,15 @@ def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> 
         print(f"  {name}  {tokens / np.median(side_times.wall):8.0f} real tokens/s  {side_times}")
     for name in ("padded", "joined", "again"):
         both = [ratios(times[name], times[ours]) for ours in ("packed", "fused")]
-        print(f"  {name} over packed  {both[0]}; over fused {both[1]}")
+        products = counted[name][1] / counted["packed"][1]
+        print(f"  {name} over packed  {both[0]}; over fused {both[1]}; products {products:.2f}x")
+
+
+def count_flops(call: Callable[[], float]) -> tuple[float, int]:
+    """A side's loss, and the FLOPs of its matrix products (attention's are not among them)."""
+    with FlopCounterMode(display=False) as counter:
+        loss = call()
+    return loss, counter.get_total_flops()
 
 
 def count_slots(batches: Sequence[dict[str, Any]]) -> int:
