@@ -46,7 +46,9 @@ MODELS = {
         original_positions=4096,
     ),
 }
-CROPS = {"tiny": (4, 16), "middle": (4,)}  # 16 would take a quarter of an hour
+CROPS = 4, 16
+SAMPLES = {"tiny": 48, "middle": 24}  # at 16 crops the latter take five minutes
+REPEATS = {"tiny": 3, "middle": 1}
 SETTINGS = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
@@ -55,24 +57,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--crops", type=int, nargs="*", help="default: as the tables have them")
-    parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--crops", type=int, nargs="*", default=CROPS)
+    parser.add_argument("--samples", type=int, help=f"default: {SAMPLES}")
+    parser.add_argument("--repeats", type=int, help=f"default: {REPEATS}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(describe_machine())
     for name in arguments.models:
-        for num_crops in arguments.crops or CROPS[name]:
-            print(f"{name}, {num_crops} crops, {arguments.samples} samples")
-            compare(MODELS[name], num_crops, arguments)
+        count = arguments.samples or SAMPLES[name]
+        for num_crops in arguments.crops:
+            print(f"{name}, {num_crops} crops, {count} samples")
+            compare(MODELS[name], num_crops, count, arguments.repeats or REPEATS[name])
 
 
-def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> None:
+def compare(sizes: TinySizes, num_crops: int, count: int, repeats: int) -> None:
     """Time both sides on the same samples, and print them."""
     model = make_model(sizes)
     side, settings = model.config.image_side, ViewSettings(sizes.image_size, *SETTINGS)
     text = max(8, side * side * 60 // 144)  # as long beside an image as at full size
-    mixture = draw_mixture(arguments.samples, num_crops, 0, side, (text, text))
+    mixture = draw_mixture(count, num_crops, 0, side, (text, text))
     samples = list(mixture.samples(sizes.image_size, model.config.vocab_size))
     tokens = int(mixture.tokens.sum())
     packs = make_packs(samples, mixture.tokens, mixture.views)
@@ -104,7 +107,7 @@ def compare(sizes: TinySizes, num_crops: int, arguments: argparse.Namespace) -> 
     counted = {name: count_flops(call) for name, call in sides.items() if name != "fused"}
     losses = [sides["fused"](), *(loss for loss, _ in counted.values())]
     assert np.allclose(losses, losses[0], rtol=1e-4), f"the sides disagree: {losses}"
-    times = measure(sides, arguments.repeats)
+    times = measure(sides, repeats)
     positions = sum(batch["input_ids"].numel() for batch in batches)
     real = [mixture.views.sum() / count_slots(side) for side in (batches, joined)]
     print(f"  {tokens / positions:.2f} of the padded positions are real, {len(packs)} packs")
