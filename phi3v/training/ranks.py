@@ -11,7 +11,6 @@ rank; start one with RANK and its companions (`RANK_VARIABLES`) removed.
 """
 
 import errno
-import gc
 import glob
 import os
 import re
@@ -228,7 +227,6 @@ def run_command(main: Callable[[], None]) -> None:
     full or may not be written to, with exit code 2. Ctrl-C: exit code 130. Anything else is a
     defect and keeps its traceback.
     """
-    gc.freeze()  # the million imported objects stay: to go over them is a third of a start
     try:
         main()
     except Stopped as stopped:
