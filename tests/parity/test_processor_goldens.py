@@ -146,6 +146,7 @@ REFUSALS = {
 
 
 @needs_reference
+@pytest.mark.slow
 def test_every_prompt_gets_the_published_ids_or_is_refused() -> None:
     goldens = records("processor/processor_prompts.json")
     arrays = np.load(golden("processor/processor_prompts.npz"))

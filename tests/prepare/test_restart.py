@@ -23,6 +23,8 @@ from phi3v.prepare.lock import locked
 from tests.commands import LAUNCH, run, start
 from tests.tiny import recipe, turn, write_jsonl, write_picture
 
+pytestmark = pytest.mark.slow
+
 NUM_ROWS = 1300  # six chunks of the scan
 
 
@@ -88,7 +90,6 @@ def test_samples_stand_in_the_order_of_their_rows(whole: Path) -> None:
         assert numbers == sorted(numbers)
 
 
-@pytest.mark.slow
 def test_workers_do_not_change_a_byte(
     rows: Path, tiny_model: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -97,7 +98,6 @@ def test_workers_do_not_change_a_byte(
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_parts_do_not_change_a_byte(
     rows: Path, tiny_model: Path, whole: Path, tmp_path: Path, count: int
@@ -278,7 +278,6 @@ def command(recipe_file: Path, *values: str) -> list[Any]:
     return [sys.executable, LAUNCH / "prepare.py", recipe_file, *values]
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(
     rows: Path, tiny_model: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -307,7 +306,6 @@ def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.slow
 def test_a_killed_worker_ends_the_command_with_advice(
     rows: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -336,7 +334,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_dataset(tiny_model: Path, tmp_path: Path) -> None:
     """The table of all rows grows; canvases, 0.34 MB a row and 0.4 GB more in all, may not."""
     random_pixels = np.random.default_rng(0).integers(0, 256, (448, 448, 3), dtype=np.uint8)

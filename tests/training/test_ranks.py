@@ -193,6 +193,7 @@ def test_only_the_warning_about_renamed_collectives_is_silenced() -> None:
         warnings.warn("another future", FutureWarning, stacklevel=1)
 
 
+@pytest.mark.slow
 def test_a_dead_lock_is_removed_once_its_orphaned_compilers_have_ended(
     extensions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_dead_lock_is_removed_once_its_orphaned_compilers_have_ended(
     assert capsys.readouterr().err == waiting
 
 
+@pytest.mark.slow
 def test_a_lock_is_waited_for_while_its_owner_lives(extensions: Path) -> None:
     lock = extensions / "fused_adam" / "lock"
     lock.parent.mkdir(parents=True)
