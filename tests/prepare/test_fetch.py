@@ -179,6 +179,7 @@ def test_a_length_that_says_too_little_ends_the_image_there(host: Host, tmp_path
     assert cache_of(tmp_path).get(host.url("/modest.jpg")) == host.image[:100]
 
 
+@pytest.mark.slow
 def test_what_may_get_better_is_tried_again(host: Host, tmp_path: Path) -> None:
     cache = cache_of(tmp_path, retries=2)
     assert cache.get(host.url("/shaky.jpg")) == host.image
@@ -198,6 +199,7 @@ def test_what_cannot_get_better_is_tried_once(host: Host, tmp_path: Path) -> Non
         assert host.asked[path] == 1, path
 
 
+@pytest.mark.slow
 def test_the_host_says_how_long_to_wait(host: Host, tmp_path: Path) -> None:
     start = time.monotonic()
     cache_of(tmp_path, retries=1).get(host.url("/patient.jpg"))

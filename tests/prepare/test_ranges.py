@@ -158,6 +158,7 @@ def test_the_digest_is_of_the_rows_as_they_are_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "whole.parquet", "stream.arrow"])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
     """13 or 51 MB of rows of 50 kB."""
     peaks = []
@@ -177,6 +178,7 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet", "file.arrow"])
+@pytest.mark.slow
 def test_the_last_rows_of_a_file_cost_no_more_than_the_first(name: str, tmp_path: Path) -> None:
     """40 MB of rows of 1 kB; reading all of them takes a hundred times as long as one range."""
     rows = [{"text": f"{k}" * 300} for k in range(40_000)]
