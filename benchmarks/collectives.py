@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from timing import ROOT, describe_machine
 
-from phi3v.training.ranks import free_port, run_command, set_environment
+from phi3v.training.ranks import run_command, set_environment
 
 SIDES = ("stock", "ours")
 RANKS = 2
@@ -56,22 +55,14 @@ def main() -> None:
 
 def launch(side: str, width: int, out: Path) -> dict[str, int]:
     """Run one side on two ranks of its own."""
-    command = [sys.executable, __file__, "--width", str(width), "--side", side, "--out", str(out)]
-    shared = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with ThreadPoolExecutor(RANKS) as threads:
-        errors = list(threads.map(lambda rank: run_rank(command, shared, rank), range(RANKS)))
-    if any(errors):
-        sys.exit("\n".join(errors))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS)]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__]
+    command += ["--width", str(width), "--side", side, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
     counts: dict[str, int] = json.loads(out.read_text())
     return counts
-
-
-def run_rank(command: list[str], shared: dict[str, str], rank: int) -> str:
-    """Run a rank to its end; returns what it said if it failed."""
-    own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
-    return done.stderr if done.returncode else ""
 
 
 def count_side(arguments: argparse.Namespace) -> None:

@@ -24,12 +24,11 @@ def test_held_out_digits_are_read_and_only_seeing_helps(tmp_path: Path) -> None:
         places = [ROOT / a if a.startswith("launch/") else a for a in arguments]
         done = run(BIN / "python", ROOT / command, *places, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    command = deepspeed(2, RECIPES / "digits.yaml", "eval.rows=150")
-    done = run(*command, cwd=tmp_path, timeout=400)
+    done = run(*deepspeed(2, RECIPES / "digits.yaml"), cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "runs/digits")) == recipe["train"]["max_steps"]
     scores = json.loads((tmp_path / "runs/digits/summary.json").read_text())["metrics"]
     # Chance is 0.10.
-    assert scores["exact_match"]["n"] > 100
+    assert scores["exact_match"]["n"] > 250
     assert scores["exact_match"]["value"] >= 0.90
     assert scores["blind_exact_match"]["value"] <= 0.20

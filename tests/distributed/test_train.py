@@ -222,20 +222,27 @@ def test_packs_with_and_without_images_never_leave_a_rank_waiting(
     assert any(v < 3 * s for v, s in zip(views, samples, strict=True)), "no pack was without images"
 
 
+def test_whole_epochs_train_on_every_sample_once(recipe: Path, tmp_path: Path) -> None:
+    """The last step has fewer packs than ranks ask for; empty ones fill it."""
+    values = ["train={epochs: 1}", "eval.rows=0", "optim.warmup_steps=0"]
+    done = run(*plain(2, recipe, *values), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path / "run")
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert sum(line["samples"] for line in lines) == data["samples"]
+    assert sum(line["label_tokens"] for line in lines) == data["label_tokens"]
+
+
 def test_several_datasets_are_mixed_by_weight(
     recipe: Path, tmp_path: Path, tiny_shards: Path, mixed_shards: Path
 ) -> None:
-    """An epoch holds every sample of the first, and half of the other's.
-
-    The last step has fewer packs than ranks ask for; empty ones fill it.
-    """
+    """An epoch holds every sample of the first, and half of the other's."""
     parts = json.dumps([{"path": str(tiny_shards)}, {"path": str(mixed_shards), "weight": 0.5}])
     values = [f"data.shards={parts}", "train={epochs: 1}", "eval.rows=2", "optim.warmup_steps=0"]
     done = run(*plain(2, recipe, *values), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, other = (len(Dataset(folder, "train")) for folder in (tiny_shards, mixed_shards))
-    lines = metrics(tmp_path / "run")
-    assert sum(line["samples"] for line in lines) == first + other // 2
+    assert sum(line["samples"] for line in metrics(tmp_path / "run")) == first + other // 2
     data = json.loads((tmp_path / "run" / "data.json").read_text())
     assert data["shards"] == f"{tiny_shards}, {mixed_shards}"
 
