@@ -7,12 +7,10 @@ READY := .venv/.ready
 
 setup: $(READY)
 
-# Made anew when what is to be installed changes. What DeepSpeed would compile at first use (half a
-# minute) is compiled here, so that no run is killed while it compiles.
+# Made anew when what is to be installed changes.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(BIN)/python -c "from phi3v.training.ranks import build_extensions; build_extensions()"
 	touch $@
 
 demo: setup

@@ -23,7 +23,7 @@ LAYERS = (
 OWNERS = {
     "deepspeed": {
         "training/zero.py",
-        "training/ranks.py",
+        "training/extensions.py",
         "training/checkpoints/writer.py",
         "training/checkpoints/convert.py",
     },

@@ -10,7 +10,14 @@ Imports neither torch nor DeepSpeed.
 from phi3v.config.check import check
 from phi3v.config.dataset import DatasetConfig
 from phi3v.config.deepspeed import DeepSpeedConfig, default_deepspeed, load_deepspeed
-from phi3v.config.load import build_recipe, differing_keys, dump_yaml, load_recipe, to_dict
+from phi3v.config.load import (
+    build_recipe,
+    deepspeed_overrides,
+    differing_keys,
+    dump_yaml,
+    load_recipe,
+    to_dict,
+)
 from phi3v.config.schema import MODULES, EvaluationConfig, Module, RunConfig
 
 __all__ = [
@@ -22,6 +29,7 @@ __all__ = [
     "RunConfig",
     "build_recipe",
     "check",
+    "deepspeed_overrides",
     "default_deepspeed",
     "differing_keys",
     "dump_yaml",

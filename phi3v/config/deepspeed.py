@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from phi3v.config.keys import (
 from phi3v.config.names import nearest
 from phi3v.errors import ConfigError
 
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 Json = dict[str, Any]
 Scalar = TypeVar("Scalar", bool, int, float, str)
 
@@ -88,8 +90,17 @@ class DeepSpeedConfig:
     world_size: int
     """Ranks of the run; each works on one pack at a time."""
 
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the command line that won over the file's, by dotted key."""
+
     json: Json
     """The file's content; hand `for_engine()` to DeepSpeed, which edits what it gets."""
+
+    @property
+    def place(self) -> str:
+        """Where values came from: "zero3.json with deepspeed.train_batch_size=8"."""
+        texts = [f"deepspeed.{key}={json.dumps(value)}" for key, value in self.overrides.items()]
+        return f"{self.path} with {', '.join(texts)}" if texts else str(self.path)
 
     def for_engine(self) -> Json:
         """Copy the content for `deepspeed.initialize(config=...)`."""
@@ -131,6 +142,30 @@ class DeepSpeedConfig:
         return self._value("optimizer.type", "")
 
     @property
+    def takes_torch_adam(self) -> bool:
+        """Whether Adam is torch's own, which nothing need be compiled for."""
+        return self._value("optimizer.params.torch_adam", False)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state is in the host's memory, or on its NVMe."""
+        return self._value("zero_optimization.offload_optimizer.device", "none") != "none"
+
+    @property
+    def offloads_to_nvme(self) -> bool:
+        """Whether the optimizer's state or the weights are on NVMe."""
+        sections = ("offload_optimizer", "offload_param")
+        keys = [f"zero_optimization.{section}.device" for section in sections]
+        return "nvme" in [self._value(key, "none") for key in keys]
+
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether weights travel as 8-bit integers (ZeRO++)."""
+        kinds = ("weights", "nontrainable_weights")
+        keys = [f"zero_optimization.zero_quantized_{kind}" for kind in kinds]
+        return any(self._value(key, False) for key in keys)
+
+    @property
     def decouples_decay(self) -> bool:
         """Whether weight decay acts on the weights, as in AdamW, not on the gradient.
 
@@ -147,13 +182,21 @@ class DeepSpeedConfig:
         return default if value is None else value
 
 
-def load_deepspeed(path: Path, world_size: int) -> DeepSpeedConfig:
+def load_deepspeed(
+    path: Path, world_size: int, overrides: Mapping[str, Any] | None = None
+) -> DeepSpeedConfig:
     """Read and check the DeepSpeed JSON at `path` for a run on `world_size` ranks.
+
+    overrides  values by dotted key, which win over the file's
 
     Raises: ConfigError naming the file, the dotted key and the value.
     """
     assert world_size >= 1
-    ds = DeepSpeedConfig(path=path, world_size=world_size, json=_read(path))
+    path = _find(path)
+    content, overrides = _read(path), overrides or {}
+    for key, value in overrides.items():
+        _set(content, key, value)
+    ds = DeepSpeedConfig(path=path, world_size=world_size, overrides=overrides, json=content)
     _check_owners(ds)
     _check_auto(ds)
     _check_keys(ds)
@@ -167,8 +210,38 @@ def load_deepspeed(path: Path, world_size: int) -> DeepSpeedConfig:
 
 def default_deepspeed(has_cuda: bool) -> Path:
     """Name the JSON of a run that names none: bf16 on CUDA, float32 elsewhere."""
-    name = "zero3.json" if has_cuda else "zero3_cpu.json"
-    return Path(__file__).resolve().parents[2] / "ds_configs" / name
+    return SHIPPED / ("zero3.json" if has_cuda else "zero3_cpu.json")
+
+
+def _find(path: Path) -> Path:
+    """The shipped file for `ds_configs/NAME` where the current folder has no such file."""
+    shipped = SHIPPED / path.name
+    is_shipped = path.parent == Path(SHIPPED.name) and shipped.is_file()
+    return shipped if is_shipped and not path.exists() else path
+
+
+def _set(content: Json, key: str, value: Any) -> None:
+    """Set the value at a dotted key, opening the sections on the way; null removes the key.
+
+    YAML reads 1e-6 as a text: where the JSON has a float, it is one.
+    """
+    section, _, name = key.rpartition(".")
+    if isinstance(value, str) and SECTIONS.get(section, {}).get(name) is float:
+        with suppress(ValueError):
+            value = float(value)
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = content.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"deepspeed.{key} sets a key of {section!r}, which is {inner!r}; see "
+                "docs/deepspeed.md"
+            )
+        content = inner
+    if value is None:
+        content.pop(name, None)
+    else:
+        content[name] = value
 
 
 def _read(path: Path) -> Json:
@@ -201,14 +274,14 @@ def _check_owners(ds: DeepSpeedConfig) -> None:
     for key, owner in OWNED_ELSEWHERE.items():
         value = _lookup(ds.json, key)
         if value is not None:
-            raise ConfigError(f"{ds.path}: {key} must not be written, got {value!r}; {owner}")
+            raise ConfigError(f"{ds.place}: {key} must not be written, got {value!r}; {owner}")
 
 
 def _check_auto(ds: DeepSpeedConfig) -> None:
     for key, value in _leaves(ds.json):
         if value == "auto":
             raise ConfigError(
-                f"{ds.path}: {key} is 'auto', which has no meaning here; write it out"
+                f"{ds.place}: {key} is 'auto', which has no meaning here; write it out"
             )
 
 
@@ -218,18 +291,18 @@ def _check_keys(ds: DeepSpeedConfig) -> None:
         for name, value in (_lookup(ds.json, section) or {}).items():
             if name not in kinds:
                 hint = nearest(name, list(kinds), prefix)
-                raise ConfigError(f"unknown key {prefix + name!r} in {ds.path}; {hint}")
+                raise ConfigError(f"unknown key {prefix + name!r} in {ds.place}; {hint}")
             kind = kinds[name]
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ConfigError(
-                    f"{ds.path}: {prefix}{name} must be {kind.__name__}, got {value!r}"
+                    f"{ds.place}: {prefix}{name} must be {kind.__name__}, got {value!r}"
                 )
 
 
 def _check_required(ds: DeepSpeedConfig) -> None:
     for key in REQUIRED_KEYS + (BF16_KEYS if ds.bf16 else ()):
         if _lookup(ds.json, key) is None:
-            raise ConfigError(f"missing key {key!r} in {ds.path}; state it there")
+            raise ConfigError(f"missing key {key!r} in {ds.place}; state it there")
 
 
 def _check_values(ds: DeepSpeedConfig) -> None:
@@ -238,21 +311,21 @@ def _check_values(ds: DeepSpeedConfig) -> None:
         if value is not None and value not in choice:
             names = " or ".join(", ".join(map(json.dumps, choice)).rsplit(", ", 1))
             reason = f"; {REASONS[key]}" if key in REASONS else ""
-            raise ConfigError(f"{ds.path}: {key} must be {names}, got {json.dumps(value)}{reason}")
+            raise ConfigError(f"{ds.place}: {key} must be {names}, got {json.dumps(value)}{reason}")
     if ds.optimizer_type.lower() not in OPTIMIZERS:
         raise ConfigError(
-            f"{ds.path}: optimizer.type must be one of {', '.join(OPTIMIZERS)}, got "
+            f"{ds.place}: optimizer.type must be one of {', '.join(OPTIMIZERS)}, got "
             f"{ds.optimizer_type!r}"
         )
     if ds.gradient_clipping < 0:
         raise ConfigError(
-            f"{ds.path}: gradient_clipping must be at least 0, got {ds.gradient_clipping}"
+            f"{ds.place}: gradient_clipping must be at least 0, got {ds.gradient_clipping}"
         )
 
 
 def _check_idle(ds: DeepSpeedConfig) -> None:
     """Refuse keys that nothing reads at this ZeRO stage, or that this optimizer does not take."""
-    is_torch = ds._value("optimizer.params.torch_adam", False)
+    is_torch = ds.takes_torch_adam
     taken = optimizer_keys(ds.optimizer_type.lower(), is_torch)
     idle = {
         "zero_optimization": (idle_zero_keys(ds.zero_stage), f"ZeRO stage {ds.zero_stage}"),
@@ -264,19 +337,21 @@ def _check_idle(ds: DeepSpeedConfig) -> None:
     for section, (names, user) in idle.items():
         for name in _lookup(ds.json, section) or {}:
             if name in names:
-                raise ConfigError(f"{ds.path}: {section}.{name} means nothing to {user}; remove it")
+                raise ConfigError(
+                    f"{ds.place}: {section}.{name} means nothing to {user}; remove it"
+                )
 
 
 def _check_batch(ds: DeepSpeedConfig) -> None:
     """Refuse a global batch that the ranks cannot share, and say which ones they can."""
     batch, ranks = ds.train_batch_size, ds.world_size
     if batch < 1:
-        raise ConfigError(f"{ds.path}: train_batch_size must be at least 1, got {batch}")
+        raise ConfigError(f"{ds.place}: train_batch_size must be at least 1, got {batch}")
     if batch % ranks:
         above = (batch // ranks + 1) * ranks
         fewer = max(count for count in range(1, ranks) if batch % count == 0)
         raise ConfigError(
-            f"{ds.path}: train_batch_size {batch} is not divisible by 1 pack x {ranks} ranks; "
+            f"{ds.place}: train_batch_size {batch} is not divisible by 1 pack x {ranks} ranks; "
             f"use {above} or {above + ranks}, or {fewer} rank{'s' if fewer > 1 else ''}"
         )
 
@@ -286,7 +361,7 @@ def _check_nodes(ds: DeepSpeedConfig) -> None:
     size = min(ds._value("zero_optimization.zero_hpz_partition_size", 1) or 1, ds.world_size)
     if ds.world_size % size:
         raise ConfigError(
-            f"{ds.path}: {ds.world_size} ranks are no multiple of "
+            f"{ds.place}: {ds.world_size} ranks are no multiple of "
             f"zero_optimization.zero_hpz_partition_size {size}; set it to the GPUs of one node"
         )
 

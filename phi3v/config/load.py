@@ -76,6 +76,27 @@ def build_recipe(
     return recipe
 
 
+def deepspeed_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Part overrides into those of the recipe and those of the DeepSpeed JSON.
+
+    returns  the recipe's as they are, and the JSON's values by dotted key
+
+    "deepspeed.bf16.enabled=no" sets "bf16.enabled" of the JSON; "deepspeed=FILE" and the keys cpu
+    and cuda below it are the recipe's own.
+
+    Raises: ConfigError for a text that is not `section.key=value`.
+    """
+    own, of_json = [], {}
+    for text in overrides:
+        key, value = _parse_override(text)
+        section, _, rest = key.partition(".")
+        if section == "deepspeed" and rest and rest not in ("cpu", "cuda"):
+            of_json[rest] = value
+        else:
+            own.append(text)
+    return own, of_json
+
+
 def to_dict(cfg: RunConfig | DatasetConfig) -> dict[str, Any]:
     """Turn a recipe into plain values that YAML and JSON can hold."""
     plain: dict[str, Any] = _plain(cfg)
@@ -216,8 +237,11 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
         one, many = options
         return _cast(value, many if isinstance(value, list) else one, key, origin)
     if NoneType in options:
-        (inner,) = (option for option in options if option is not NoneType)
-        return None if value is None else _cast(value, inner, key, origin)
+        inner = [option for option in options if option is not NoneType]
+        if value is None:
+            return None
+        is_section = is_dataclass(inner[-1]) and isinstance(value, dict)  # str | Section | None
+        return _cast(value, inner[-1] if is_section else inner[0], key, origin)
     if get_origin(kind) is Literal:
         return _cast_choice(value, options, key, origin)
     if get_origin(kind) is tuple:

@@ -244,6 +244,20 @@ class OptimSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeepSpeedFiles:
+    """The DeepSpeed JSON of each kind of device, where a run is meant for both."""
+
+    cpu: str
+    """Path of the JSON for a run on the CPU."""
+
+    cuda: str
+    """Path of the JSON for a run on GPUs."""
+
+    def __post_init__(self) -> None:
+        filled(deepspeed__cpu=self.cpu, deepspeed__cuda=self.cuda)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run; batch sizes, precision and optimizer type are the DeepSpeed JSON's."""
 
@@ -277,14 +291,17 @@ class RunConfig:
     tracking: TrackingSection = TrackingSection()
     """Who else is told."""
 
-    deepspeed: str | None = None
-    """Path of the DeepSpeed JSON; default: zero3.json on CUDA, zero3_cpu.json elsewhere."""
+    deepspeed: str | DeepSpeedFiles | None = None
+    """Path of the DeepSpeed JSON, or {cpu: PATH, cuda: PATH}; default: zero3.json on CUDA,
+    zero3_cpu.json elsewhere. `ds_configs/NAME` is the shipped one where the current folder has no
+    such file. On the command line `deepspeed.KEY=VALUE` sets a key of the JSON."""
 
     debug: DebugSection = DebugSection()
     """Switches for finding out what went wrong."""
 
     def __post_init__(self) -> None:
-        filled(deepspeed=self.deepspeed)
+        if isinstance(self.deepspeed, str):
+            filled(deepspeed=self.deepspeed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,13 @@ from phi3v.training.run_folder import DATA, ENVIRONMENT, RunFolder
 
 OF_WHOLE = ("library_name", "pipeline_tag")  # keys that do not hold for the text half
 INHERITED = ("license", "license_name", "license_link", "language")  # of the base's own card
-PLACES = ("run.out", "model.path", "deepspeed")  # keys of a recipe that hold one path
+PLACES = (
+    "run.out",
+    "model.path",
+    "deepspeed",
+    "deepspeed.cpu",
+    "deepspeed.cuda",
+)  # keys of a recipe that hold one path
 # Sections that say how a run was watched and kept, not what it learned.
 UNTOLD = ("checkpoint", "debug", "faults", "tracking", "wandb")
 # As docs/serving.md has it.
@@ -194,11 +200,12 @@ def shareable(cfg: RunConfig) -> dict[str, Any]:
     tree = to_dict(cfg)
     for key in PLACES:
         *sections, name = key.split(".")
-        values = tree
+        values: Any = tree
         for section in sections:
             values = values[section]
-        if values.get(name) and (name != "path" or Path(values[name]).is_dir()):
-            values[name] = Path(values[name]).name
+        place = values.get(name) if isinstance(values, dict) else None
+        if isinstance(place, str) and (name != "path" or Path(place).is_dir()):
+            values[name] = Path(place).name
     shareable_tree: dict[str, Any] = _without_paths(tree)
     shards = [{"path": Path(p.path).name, "weight": p.weight} for p in cfg.data.parts]
     shareable_tree["data"]["shards"] = shards

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.execution import Execution, choose_execution
 from phi3v.model.weights import WeightFiles, load_weights
 from phi3v.training import zero
+from phi3v.training.console import say
+from phi3v.training.extensions import load_extensions
 from phi3v.training.metering import sample_costs
 from phi3v.training.optimizer import freeze
 from phi3v.training.ranks import Ranks
@@ -58,6 +61,7 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     """Check everything that can be checked before anything slow starts."""
     folder = RunFolder(Path(cfg.run.out))
     folder.check_recipe(cfg, ds)
+    load_extensions(ds)
     check_sinks(cfg)
     dataset = open_datasets(cfg.data.folders, "train", [part.weight for part in cfg.data.parts])
     if not len(dataset):
@@ -78,6 +82,8 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda", ranks.local_rank) if has_cuda else torch.device("cpu")
     execution = choose_execution(cfg.model, device, dtype_of(ds))
+    if execution.eager_because and ranks.local_rank == 0:
+        say(f"kernels of {socket.gethostname()} are not compiled: {execution.eager_because}")
     return Run(cfg, ds, ranks, folder, dataset, plan, steps, device, execution)
 
 

@@ -3,18 +3,15 @@
 `set_environment` is the one place that sets ranks, ports, threads and folders, whoever started the
 process: the deepspeed launcher, torchrun, plain srun, or plain python. Call it before deepspeed is
 imported, which reads DS_ACCELERATOR at import. `run_command` turns a user's mistake into one line
-and exit code 2, and a defect of one rank into the end of all. `build_extensions` compiles ahead of
-time what DeepSpeed compiles at first use.
+and exit code 2, and a defect of one rank into the end of all.
 
 Surprising: every child process inherits the variables set here and would take itself for the same
 rank; start one with RANK and its companions (`RANK_VARIABLES`) removed.
 """
 
 import errno
-import glob
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +29,7 @@ import torch.distributed
 from transformers.utils.logging import disable_progress_bar
 
 from phi3v.errors import ConfigError, Phi3VError, Stopped
+from phi3v.model.kernels import private_caches
 
 RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
@@ -67,7 +65,7 @@ def set_environment() -> Ranks:
     RANK is set (deepspeed, torchrun): the launcher's values hold. Inside an srun step: Slurm's.
     Otherwise: one rank, meeting itself on 127.0.0.1. Also sets one thread per rank on a machine
     without CUDA (two on two busy cores fell from 7 to 0.1 steps/s), DeepSpeed's accelerator, and
-    where compiled extensions are kept and ninja is found.
+    where ninja is found.
 
     Raises: ConfigError where variables are missing or contradict each other.
     """
@@ -80,8 +78,6 @@ def set_environment() -> Ranks:
         ranks, node, num_nodes = Ranks(0, 1, 0, 1), 0, 1
     _set_ranks(ranks, node, num_nodes)
     _set_meeting_point(ranks)
-    if num_nodes == 1:
-        _clear_locks()
     return ranks
 
 
@@ -90,8 +86,7 @@ def _set_defaults() -> None:
     path = os.environ.get("PATH", os.defpath)
     if scripts not in path.split(os.pathsep):
         os.environ["PATH"] = scripts + os.pathsep + path
-    if os.access(sys.prefix, os.W_OK):  # loading an extension writes a lock beside it
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+    private_caches()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -336,61 +331,3 @@ def _exit(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def build_extensions() -> None:
-    """Compile what DeepSpeed compiles when the first rank on CPU starts; `make setup` calls this.
-
-    One extension, deepspeed_shm_comm: about 27 s with g++, then only loaded (4 s, most of it the
-    import of deepspeed). With CUDA there is nothing to do.
-
-    Raises: ConfigError without a C++ compiler.
-    """
-    _set_defaults()
-    if torch.cuda.is_available():
-        return
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"no C++ compiler {compiler!r} found, and DeepSpeed needs one on CPU; install g++ or "
-            "set CXX"
-        )
-    _clear_locks()
-    from deepspeed.comm.torch import build_shm_op
-
-    build_shm_op()
-
-
-def _clear_locks() -> None:
-    """Remove the locks that killed builds left in TORCH_EXTENSIONS_DIR.
-
-    torch waits for ever on such a file. A lock is dead when nobody holds it open (its owner does
-    until it removes it) and nobody works in its folder (ninja and its compilers outlive a killed
-    owner, and must not meet a second build), seen three times over a second. What is seen are
-    processes of this user on this machine: a folder shared with other machines must have been
-    built before they start at the same time, and runs of several nodes do not come here.
-    """
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    for lock in Path(folder).glob("*/lock") if folder else ():
-        looks = 0
-        announced = False
-        while looks < 3 and lock.exists():
-            builder = _builder(lock)
-            if builder and not announced:
-                print(f"waiting for process {builder}, which builds {lock.parent}", file=sys.stderr)
-                announced = True
-            looks = 0 if builder else looks + 1
-            time.sleep(0.5)
-        if looks == 3:
-            lock.unlink(missing_ok=True)
-
-
-def _builder(lock: Path) -> int | None:
-    """The process that has this lock open or works in its folder, if there is one."""
-    for link in glob.glob("/proc/[0-9]*/fd/*") + glob.glob("/proc/[0-9]*/cwd"):
-        try:
-            if os.path.samefile(link, lock) or os.path.samefile(link, lock.parent):
-                return int(link.split("/")[2])
-        except OSError:  # the process or the lock has just gone, or belongs to another user
-            continue
-    return None

@@ -9,6 +9,7 @@ from phi3v.config import (
     DeepSpeedConfig,
     RunConfig,
     check,
+    deepspeed_overrides,
     default_deepspeed,
     load_deepspeed,
     load_recipe,
@@ -23,8 +24,17 @@ def load_run(
 
     Raises: ConfigError.
     """
-    cfg = load_recipe(RunConfig, Path(recipe), overrides)
-    path = Path(cfg.deepspeed) if cfg.deepspeed else default_deepspeed(torch.cuda.is_available())
-    ds = load_deepspeed(path, ranks.world_size)
+    own, of_json = deepspeed_overrides(overrides)
+    cfg = load_recipe(RunConfig, Path(recipe), own)
+    ds = load_deepspeed(deepspeed_file(cfg, torch.cuda.is_available()), ranks.world_size, of_json)
     check(cfg, ds)
     return cfg, ds
+
+
+def deepspeed_file(cfg: RunConfig, has_cuda: bool) -> Path:
+    """The DeepSpeed JSON of a recipe on a kind of device."""
+    if cfg.deepspeed is None:
+        return default_deepspeed(has_cuda)
+    if isinstance(cfg.deepspeed, str):
+        return Path(cfg.deepspeed)
+    return Path(cfg.deepspeed.cuda if has_cuda else cfg.deepspeed.cpu)

@@ -1,7 +1,6 @@
 """DeepSpeed: the engine, its weights into partitions and out of them, and what it measures."""
 
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -17,6 +16,7 @@ from phi3v.config import DeepSpeedConfig, Module
 from phi3v.errors import Phi3VError
 from phi3v.model import LAYERS
 from phi3v.model.weights import WeightFiles, check_shapes, parameter_places
+from phi3v.training.extensions import load_extensions
 from phi3v.training.norms import module_norms, record_norms
 
 Result = TypeVar("Result")
@@ -26,21 +26,10 @@ MARGIN_SECONDS = 60.0  # a hang is the watchdog's, which shows where; then the c
 def start_process_group(hang_seconds: float = 1800.0) -> None:
     """Join the other ranks (nccl on CUDA, gloo elsewhere)."""
     timeout = timedelta(seconds=hang_seconds + MARGIN_SECONDS)
+    # On CPU DeepSpeed would compile an operator here, for inference alone: half a minute, a lock
+    # that a killed start leaves, and 69 MB of shared memory a rank.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(timeout=timeout, verbose=False)
-    torch.distributed.barrier()  # all ranks of this host have mapped each other's buffers
-    _unlink_shared_memory()
-
-
-def _unlink_shared_memory() -> None:
-    """Remove the names of the buffers through which ranks of one host reduce on CPU.
-
-    DeepSpeed leaves 69 MB per rank in /dev/shm, by whatever way a rank ends. What is mapped stays
-    until the rank is gone.
-    """
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    rank = torch.distributed.get_rank()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def leave_together() -> None:
@@ -56,6 +45,7 @@ def build_engine(
     Under ZeRO-3 a decoder or tower layer is gathered as a whole, not matrix by matrix.
     """
     _import_muon()
+    load_extensions(ds)
     if ds.zero_stage == 3:
         set_z3_leaf_modules(model, list(LAYERS))
     engine, *_ = deepspeed.initialize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from phi3v.config import default_deepspeed, load_deepspeed
+from phi3v.config import deepspeed_overrides, default_deepspeed, load_deepspeed
 from phi3v.config.keys import SECTIONS, STAGE_KEYS
 from phi3v.errors import ConfigError
 
@@ -353,3 +353,51 @@ def test_auto_is_refused_wherever_it_stands(key: str, changes: dict[str, Any]) -
 )
 def test_a_wrong_value_is_refused(changes: dict[str, Any], message: str) -> None:
     assert change_refusal(**changes) == f"zero3.json: {message}"
+
+
+# --- overrides ---
+
+
+def test_the_command_line_sets_any_key_of_the_json() -> None:
+    given = ["optim.lr=1", "deepspeed.train_batch_size=8", "deepspeed=a.json", "deepspeed.cpu=b"]
+    given += ["deepspeed.optimizer.params.eps=1e-6", "deepspeed.zero_optimization.stage=2"]
+    own, of_json = deepspeed_overrides(given)
+    assert own == ["optim.lr=1", "deepspeed=a.json", "deepspeed.cpu=b"]
+    Path("a.json").write_text(json.dumps(content(**BF16)))
+    ds = load_deepspeed(Path("a.json"), 2, of_json)
+    assert (ds.train_batch_size, ds.zero_stage) == (8, 2)
+    assert ds.for_engine()["optimizer"]["params"]["eps"] == 1e-6
+
+
+def test_a_null_takes_a_key_of_the_json_away() -> None:
+    Path("a.json").write_text(json.dumps(content(gradient_clipping=2.0)))
+    assert load_deepspeed(Path("a.json"), 1, {"gradient_clipping": None}).gradient_clipping == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train_batch": 8}, "unknown key 'train_batch' in a.json with deepspeed.train_batch=8; "),
+        ({"train_batch_size": "8x"}, "train_batch_size must be int, got '8x'"),
+        ({"train_batch_size": 9}, "a.json with deepspeed.train_batch_size=9: train_batch_size 9 "),
+        ({"train_batch_size.x": 9}, "sets a key of 'train_batch_size', which is 64"),
+        ({"optimizer.params.lr": 1.0}, "the recipe's optim.lr owns it, per module"),
+    ],
+)
+def test_an_override_is_held_to_the_same_rules_and_named(
+    overrides: dict[str, object], message: str
+) -> None:
+    Path("a.json").write_text(json.dumps(content()))
+    with pytest.raises(ConfigError) as refusal:
+        load_deepspeed(Path("a.json"), 2, overrides)
+    assert message in str(refusal.value)
+
+
+def test_a_shipped_file_is_found_from_any_folder_and_gives_way_to_ones_own() -> None:
+    given = Path("ds_configs/zero2.json")
+    assert load_deepspeed(given, 1).path == default_deepspeed(has_cuda=True).with_name("zero2.json")
+    given.parent.mkdir()
+    given.write_text(json.dumps(content()))
+    assert load_deepspeed(given, 1).path == given
+    with pytest.raises(ConfigError, match="DeepSpeed config other/zero2.json does not exist"):
+        load_deepspeed(Path("other/zero2.json"), 1)

@@ -6,16 +6,11 @@
 Every kill is a SIGKILL, and the command is started again at once, while what is left of the start
 before may still be dying; by the next kill it must be gone, by itself. The processes of a start are
 known by a variable that all of them inherit, so an orphan is found whoever has adopted it.
-
-Surprising: who is killed while it loads DeepSpeed's compiled extension leaves a lock beside it, on
-which the runs of other tests would wait; so these runs have a copy of their own (`own_extensions`).
 """
 
 import contextlib
 import random
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,21 +65,12 @@ def draw_kills(number: int, chance: random.Random) -> list[Kill]:
     return kills
 
 
-def own_extensions(folder: Path) -> dict[str, str]:
-    """Variables for runs whose locks on compiled extensions are nobody else's."""
-    built = Path(sys.prefix, "torch_extensions")
-    if built.is_dir():
-        shutil.copytree(built, folder, ignore=shutil.ignore_patterns("lock"))
-    return {"TORCH_EXTENSIONS_DIR": str(folder)}
-
-
 def survive(
     kills: Sequence[Kill],
     command: Callable[[str], list[object]],
     folder: Path,
     chance: random.Random,
     start_seconds: float,
-    **variables: str,
 ) -> list[Hit]:
     """Start the run of a folder once for each kill; returns when nothing is left of them.
 
@@ -96,7 +82,7 @@ def survive(
     marks = [f"{folder}, start {number}" for number in range(len(kills))]
     try:
         for mark, kill in zip(marks, kills, strict=True):
-            began, own = time.time(), variables | {MARK: mark}
+            began, own = time.time(), {MARK: mark}
             process = start(*command(kill.launcher), cwd=folder.parent, **own)
             started.append(process)
             if kill.moment == "start-up":

@@ -19,7 +19,7 @@ from phi3v.prepare import prepare
 from phi3v.training.checkpoints.store import find_damage, read_manifest, step_name, steps_saved
 from tests.commands import ROOT, deepspeed, metrics, python, run, start, torchrun
 from tests.distributed import kills
-from tests.distributed.kills import Kill, draw_kills, own_extensions, survive
+from tests.distributed.kills import Kill, draw_kills, survive
 from tests.model.tiny import SIZES
 from tests.tiny import make_model, turn, write_jsonl
 from tests.tiny import recipe as dataset_recipe
@@ -69,17 +69,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return own_extensions(tmp_path_factory.mktemp("extensions") / "built")
-
-
-@pytest.fixture(scope="module")
-def unbroken(
-    tmp_path_factory: pytest.TempPathFactory, recipe: Path, variables: dict[str, str]
-) -> tuple[Path, float]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> tuple[Path, float]:
     """The folder of a run of two ranks that nobody killed, and the seconds to its first step."""
     folder, began = tmp_path_factory.mktemp("unbroken") / "run", time.monotonic()
-    process = start(*torchrun(2, recipe), cwd=folder.parent, **variables)
+    process = start(*torchrun(2, recipe), cwd=folder.parent)
     kills.wait_until(lambda: kills.count_steps(folder) > 0, process)
     seconds = time.monotonic() - began
     _, errors = process.communicate(timeout=SECONDS)
@@ -90,7 +83,6 @@ def unbroken(
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
     unbroken: tuple[Path, float],
     recipe: Path,
-    variables: dict[str, str],
     chance: random.Random,
     tmp_path: Path,
 ) -> None:
@@ -101,8 +93,8 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
     def command(launcher: str) -> list[object]:
         return {"torchrun": torchrun, "deepspeed": deepspeed}[launcher](2, recipe)
 
-    survive(drawn, command, folder, chance, seconds, **variables)
-    done = run(*command("torchrun"), cwd=tmp_path, timeout=SECONDS, **variables)
+    survive(drawn, command, folder, chance, seconds)
+    done = run(*command("torchrun"), cwd=tmp_path, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert steps_and_values(folder) == steps_and_values(whole)
     assert files(folder) == files(whole)
@@ -113,7 +105,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
 def test_a_run_killed_while_it_is_converted_goes_on_with_the_same_samples(
     unbroken: tuple[Path, float],
     recipe: Path,
-    variables: dict[str, str],
     chance: random.Random,
     tmp_path: Path,
 ) -> None:
@@ -125,8 +116,8 @@ def test_a_run_killed_while_it_is_converted_goes_on_with_the_same_samples(
     for step in steps_saved(folder / "checkpoints")[1:]:
         shutil.rmtree(folder / "checkpoints" / step_name(step))
     drawn = [Kill("python", kills.RANK, "conversion")] * CONVERSIONS
-    survive(drawn, lambda _: python(recipe), folder, chance, seconds, **variables)
-    done = run(*python(recipe), cwd=tmp_path, timeout=SECONDS, **variables)
+    survive(drawn, lambda _: python(recipe), folder, chance, seconds)
+    done = run(*python(recipe), cwd=tmp_path, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     found, expected = steps_and_values(folder), steps_and_values(whole)
     assert [line[0] for line in found] == list(range(1, STEPS + 1))

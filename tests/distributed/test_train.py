@@ -115,7 +115,7 @@ def test_training_learns_and_leaves_what_the_interface_promises(unbroken: Path) 
 def test_a_run_that_was_killed_and_stopped_goes_on_bit_for_bit(
     unbroken: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    """And leaves no shared memory, of which DeepSpeed takes 69 MB per rank on CPU."""
+    """And takes no shared memory, of which DeepSpeed would have 69 MB a rank on a CPU."""
     folder, command = tmp_path / "run", deepspeed(2, recipe)
     process = start(*command, cwd=tmp_path)
     wait_for(process, (folder / "checkpoints" / "latest").is_file)

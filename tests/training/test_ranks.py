@@ -20,7 +20,6 @@ from phi3v.errors import ConfigError, Stopped
 from phi3v.training.ranks import (
     RANK_VARIABLES,
     Ranks,
-    build_extensions,
     run_command,
     set_environment,
 )
@@ -71,17 +70,16 @@ SALLOC_SHELL = BATCH_SCRIPT | {
 
 
 @pytest.fixture(autouse=True)
-def extensions(tmp_path: Path) -> Iterator[Path]:
-    """A machine without CUDA, launcher variables and extensions; all is as it was afterwards."""
+def _bare_machine() -> Iterator[None]:
+    """A machine without CUDA and launcher variables; all is as it was afterwards."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    kept["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
     threads = torch.get_num_threads()
     with (
         mock.patch.dict(os.environ, kept, clear=True),
         mock.patch("torch.cuda.is_available", lambda: False),
         warnings.catch_warnings(),
     ):
-        yield tmp_path / "extensions"
+        yield
     torch.set_num_threads(threads)
 
 
@@ -173,12 +171,28 @@ def test_what_the_user_set_is_kept() -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_extensions_and_their_build_tool_are_looked_for_beside_python() -> None:
-    del os.environ["TORCH_EXTENSIONS_DIR"]
+def test_the_build_tool_of_extensions_is_looked_for_beside_python() -> None:
     os.environ["PATH"] = "/usr/bin"
     set_environment()
     assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.prefix, "bin")), "/usr/bin"]
-    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(Path(sys.prefix, "torch_extensions"))
+
+
+def test_compiled_kernels_are_kept_where_nobody_else_writes(tmp_path: Path) -> None:
+    with mock.patch("tempfile.tempdir", str(tmp_path)):
+        set_environment()
+    folder = tmp_path / f"phi3v-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
+
+
+def test_a_folder_that_others_can_write_to_is_not_used_for_kernels(tmp_path: Path) -> None:
+    """Somebody who can put a file there would have it run by us."""
+    (tmp_path / f"phi3v-{os.getuid()}").mkdir()
+    (tmp_path / f"phi3v-{os.getuid()}").chmod(0o777)
+    with mock.patch("tempfile.tempdir", str(tmp_path)):
+        set_environment()
+    assert "TRITON_CACHE_DIR" not in os.environ
 
 
 def test_only_the_warning_about_renamed_collectives_is_silenced() -> None:
@@ -191,49 +205,6 @@ def test_only_the_warning_about_renamed_collectives_is_silenced() -> None:
         torch.distributed.reduce_scatter_tensor(*tensors)
     with pytest.raises(FutureWarning):
         warnings.warn("another future", FutureWarning, stacklevel=1)
-
-
-@pytest.mark.slow
-def test_a_dead_lock_is_removed_once_its_orphaned_compilers_have_ended(
-    extensions: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lock = extensions / "fused_adam" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    compiler = subprocess.Popen(["sleep", "1"], cwd=lock.parent)
-    set_environment()
-    assert not lock.exists()
-    assert compiler.poll() == 0
-    waiting = f"waiting for process {compiler.pid}, which builds {lock.parent}\n"
-    assert capsys.readouterr().err == waiting
-
-
-@pytest.mark.slow
-def test_a_lock_is_waited_for_while_its_owner_lives(extensions: Path) -> None:
-    lock = extensions / "fused_adam" / "lock"
-    lock.parent.mkdir(parents=True)
-    build = f"exec 3>{lock}; sleep 2; echo built > {lock.parent}/module; rm {lock}"
-    owner = subprocess.Popen(["bash", "-c", build])
-    while not lock.exists():
-        time.sleep(0.01)
-    set_environment()
-    assert (lock.parent / "module").exists()
-    assert owner.wait() == 0  # it found its lock where it had left it
-
-
-def test_a_run_of_several_nodes_leaves_locks_alone(extensions: Path) -> None:
-    lock = extensions / "fused_adam" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    os.environ.update(DEEPSPEED)
-    set_environment()
-    assert lock.exists()
-
-
-def test_building_extensions_without_a_compiler_is_refused() -> None:
-    os.environ["CXX"] = "no-such-compiler"
-    with pytest.raises(ConfigError, match="no C\\+\\+ compiler 'no-such-compiler' found"):
-        build_extensions()
 
 
 def test_ctrl_c_ends_a_command_with_130_and_defects_keep_their_traceback() -> None:
