@@ -51,6 +51,10 @@ container=${PHI3V_CONTAINER:-}
 if [ -n "$container" ]; then
   python=${PHI3V_PYTHON:-python3}
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}   # the checkout; all else is the image's
+  if [[ "$container" == *.sif || "$container" == *.sqsh ]]; then
+    [ -f "$container" ] || refuse "no image at $container in $PWD; docs/install.md says how to build it"
+    container=$(realpath "$container")   # pyxis takes a name without ./ for a registry's
+  fi
   mounts=$PWD:$PWD
   for folder in ${PHI3V_MOUNTS//,/ }; do mounts+=,$folder:$folder; done
   if [[ "$container" == *.sif ]]; then
