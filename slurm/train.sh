@@ -19,7 +19,7 @@
 # --- Site settings. Partition, account, time limit: as sbatch flags, or lines such as
 ##SBATCH --partition=gpu --account=team --time=24:00:00
 # One line of shell to run on the first node before training, for example
-# site_setup='module load cuda/12.8 gcc/12' or site_setup='source /apps/phi3v/bin/activate'
+# site_setup='module load gcc/12' or site_setup='source /apps/phi3v/bin/activate'
 site_setup=:
 # The network between the nodes, where the library does not find it by itself: the interface by
 # which ranks meet, and InfiniBand's adapters. NCCL_DEBUG=INFO writes what was chosen.

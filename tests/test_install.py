@@ -81,7 +81,7 @@ def test_flash_attn_is_an_extra_of_its_own() -> None:
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_extras_that_are_named_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for listed in re.findall(r"['\s]\.\[([\w,-]+)\]'", text):
+    for listed in re.findall(r"['`]\.?\[([\w,-]+)\]['`]", text):
         assert set(listed.split(",")) <= set(extras()), f"{path}: [{listed}]"
 
 
@@ -203,6 +203,7 @@ def page_commands() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_runs_or_says_why_not() -> None:
     ran = 0
     for command in page_commands():
