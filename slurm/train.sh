@@ -19,7 +19,7 @@
 # --- Site settings. Partition, account, time limit: as sbatch flags, or lines such as
 ##SBATCH --partition=gpu --account=team --time=24:00:00
 # One line of shell to run on the first node before training, for example
-# site_setup='module load cuda/12.8 gcc/12' or site_setup='source /apps/phi3v/bin/activate'
+# site_setup='module load gcc/12' or site_setup='source /apps/phi3v/bin/activate'
 site_setup=:
 # The network between the nodes, where the library does not find it by itself: the interface by
 # which ranks meet, and InfiniBand's adapters. NCCL_DEBUG=INFO writes what was chosen.
@@ -51,6 +51,10 @@ container=${PHI3V_CONTAINER:-}
 if [ -n "$container" ]; then
   python=${PHI3V_PYTHON:-python3}
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}   # the checkout; all else is the image's
+  if [[ "$container" == *.sif || "$container" == *.sqsh ]]; then
+    [ -f "$container" ] || refuse "no image at $container in $PWD; docs/install.md says how to build it"
+    container=$(realpath "$container")   # pyxis takes a name without ./ for a registry's
+  fi
   mounts=$PWD:$PWD
   for folder in ${PHI3V_MOUNTS//,/ }; do mounts+=,$folder:$folder; done
   if [[ "$container" == *.sif ]]; then

@@ -122,6 +122,44 @@ def test_a_folder_that_is_no_checkout_and_a_missing_python_are_refused(tmp_path:
         f"slurm/train.sh: no python at .venv/bin/python in {tmp_path}; "
         "run make setup, or export PHI3V_PYTHON=/path/to/python\n"
     )
+    for image in ("phi3v.sif", "phi3v.sqsh"):
+        environment["PHI3V_CONTAINER"] = image
+        assert refusal() == (
+            f"slurm/train.sh: no image at {image} in {tmp_path}; "
+            "docs/install.md says how to build it\n"
+        )
+
+
+APPTAINER = """#!/usr/bin/env bash
+# exec --nv --bind MOUNTS --pwd FOLDER IMAGE PROGRAM: says where it is, and runs the program there.
+echo "$1 $2 $3 $4 $5 $6 $7" >>"$6/entered"
+cd "$6" && shift 8 && exec "$PHI3V_TEST_PYTHON" "$@"
+"""
+
+
+def test_ranks_in_a_container_get_the_checkout_and_the_arguments(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The image's python3 is this environment's here, called by a stand-in for apptainer."""
+    put(tmp_path, MEETING)
+    (tmp_path / "phi3v.sif").touch()
+    program = tmp_path / "bin/apptainer"
+    program.parent.mkdir()
+    program.write_text(APPTAINER)
+    program.chmod(0o755)
+    variables = {
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "PHI3V_CONTAINER": "phi3v.sif",
+        "PHI3V_PYTHON": "python3",
+        "PHI3V_TEST_PYTHON": sys.executable,
+        "PHI3V_MOUNTS": "/data",
+    }
+    job = cluster.submit(tmp_path, *on_two_nodes(arguments=("a.yaml",), **variables))
+    assert (job.state, job.exit_code) == ("COMPLETED", "0:0"), job.output
+    assert "world=2 sum=1 arguments=['a.yaml']" in job.output
+    mounts = f"{tmp_path}:{tmp_path},/data:/data"
+    entered = f"exec --nv --bind {mounts} --pwd {tmp_path} {tmp_path / 'phi3v.sif'}"
+    assert (tmp_path / "entered").read_text().splitlines() == 2 * [entered]
 
 
 def test_a_preempted_run_is_requeued_and_trains_to_its_end(

@@ -1,0 +1,223 @@
+"""Installing: extras, the images' steps beside `make setup`'s, and what docs/install.md shows."""
+
+import configparser
+import re
+import shlex
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+from tests.commands import BIN, ROOT, run
+
+CONTAINER = ROOT / "launch/container"
+DOCKERFILE = (CONTAINER / "Dockerfile").read_text(encoding="utf-8")
+DEFINITION = (CONTAINER / "phi3v.def").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+TEXTS = [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "Makefile", *CONTAINER.iterdir()]
+
+# What [cuda] may have: distributed as wheels of pure Python, looked at on PyPI.
+PURE = {"liger-kernel"}
+# What the images must have, by who needs it.
+PACKAGES = {
+    "g++": "Triton's launcher; what DeepSpeed compiles on a CPU",
+    "git": "the commit in environment.json",
+    "ibverbs-providers": "InfiniBand's drivers, for libibverbs1",
+    "libibverbs1": "NCCL loads it, and goes over TCP where it cannot",
+    "make": "the targets of the Makefile",
+    "python3-dev": "Python.h, for Triton's launcher",
+    "python3-venv": "the environment itself",
+}
+# What the page shows and no test can run, and why.
+ELSEWHERE = {
+    "make setup": "is what makes this test's environment",
+    "PIP_EXTRA_INDEX_URL=": "the same, from an index",
+    "source .venv/bin/activate": "changes a shell; tests call .venv/bin/python",
+    "python3 -m venv .venv": "a step of make setup",
+    "python -m pip install": "needs an index",
+    "python -m pip wheel": "needs an index",
+    "PIP_NO_INDEX=1": "needs what `pip wheel` brought",
+    "CUDA_HOME=": "needs nvcc and hours",
+    "export HF_HUB_OFFLINE=1": "changes a shell",
+    "hf download": "needs the hub",
+    "make gpu": "needs a GPU",
+    "docker": "needs a registry of images",
+    "apptainer": "needs a registry of images",
+    "enroot": "needs Docker",
+    "deepspeed launch/train.py launch/recipes/phi35.yaml": "needs the published weights",
+}
+
+
+def extras() -> dict[str, list[str]]:
+    """The requirements of each extra of setup.cfg."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return {name: text.split() for name, text in parser["options.extras_require"].items()}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=;\[ ]", requirement)[0] for requirement in requirements}
+
+
+def test_the_cuda_extra_needs_no_compiler() -> None:
+    """flash-attn's package is source alone, and compiles for hours or fails without nvcc."""
+    required = names(extras()["cuda"])
+    assert required <= PURE
+    for name in required:
+        try:
+            wheel = distribution(name).read_text("WHEEL") or ""
+        except PackageNotFoundError:
+            continue
+        assert "Root-Is-Purelib: true" in wheel, f"{name} as installed here is not pure Python"
+
+
+def test_flash_attn_is_an_extra_of_its_own() -> None:
+    having = {name for name, required in extras().items() if "flash-attn" in names(required)}
+    assert having == {"flash-attn"}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_extras_that_are_named_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for listed in re.findall(r"['`]\.?\[([\w,-]+)\]['`]", text):
+        assert set(listed.split(",")) <= set(extras()), f"{path}: [{listed}]"
+
+
+def test_the_pins_are_of_packages_that_setup_cfg_asks_for() -> None:
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for name in names(extras()["cuda"]) | names(extras()["test"]):
+        assert re.search(rf"^{name}==", pinned, flags=re.MULTILINE | re.IGNORECASE), name
+
+
+def joined(text: str) -> list[str]:
+    """Lines without comments, continued ones put together."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return [line.strip() for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line]
+
+
+def instructions(keyword: str) -> list[str]:
+    """What stands behind a keyword of the Dockerfile."""
+    lines = joined(DOCKERFILE)
+    return [line.split(maxsplit=1)[1] for line in lines if line.split()[0] == keyword]
+
+
+def section(name: str) -> list[str]:
+    """The lines of a section of the definition."""
+    found = re.search(rf"^%{name}\n(.*?)(?=^%|\Z)", DEFINITION, flags=re.MULTILINE | re.DOTALL)
+    assert found, name
+    return joined(found[1])
+
+
+def docker_commands() -> list[str]:
+    """The shell commands of RUN, its own options left out."""
+    runs = [re.sub(r"^(--\S+\s+)*", "", line) for line in instructions("RUN")]
+    return [command.strip() for line in runs for command in line.split("&&")]
+
+
+def setup_commands() -> list[str]:
+    """What `make setup` does to a folder without .venv."""
+    command = ["make", "--dry-run", "--always-make", "--no-print-directory", "setup"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line.split("||")[-1] for line in done.stdout.splitlines()]
+
+
+def python_steps(commands: list[str]) -> list[list[str]]:
+    """The commands that run Python, with make's places and extra named as the images'."""
+    named = [
+        command.replace(".venv", "/opt/venv").replace(".[test]", ".[cuda]")
+        if "/opt/venv" not in command
+        else command
+        for command in commands
+    ]
+    steps = [shlex.split(command) for command in named]
+    return [words for words in steps if words and words[0].endswith(("python", "python3"))]
+
+
+def test_both_images_are_set_up_as_make_does_it() -> None:
+    wanted = python_steps(setup_commands())
+    assert ["-c", "constraints.txt", "-e", ".[cuda]"] == wanted[1][-4:]
+    assert len(wanted) == 3
+    assert python_steps(docker_commands()) == wanted
+    assert python_steps(section("post")) == wanted
+
+
+def packages(commands: list[str]) -> set[str]:
+    """What apt-get installs."""
+    (line,) = (command for command in commands if "apt-get install" in command)
+    words = shlex.split(line)
+    return {word for word in words[words.index("install") + 1 :] if not word.startswith("-")}
+
+
+def test_both_images_have_what_the_code_needs() -> None:
+    assert packages(docker_commands()) == set(PACKAGES)
+    assert packages(section("post")) == set(PACKAGES)
+
+
+def test_both_images_are_of_one_base_and_take_the_same_arguments() -> None:
+    (base,) = instructions("FROM")
+    assert base == "nvidia/cuda:${CUDA}-base-ubuntu24.04"
+    assert f"From: {base.replace('${CUDA}', '{{ CUDA }}')}\n" in DEFINITION
+    assert section("arguments") == instructions("ARG")
+    (default,) = (value for value in instructions("ARG") if value.startswith("CUDA="))
+    assert f"`nvidia/cuda:{default.removeprefix('CUDA=')}-base-ubuntu24.04`" in PAGE
+    for argument in re.findall(r"--build-arg (\w+)=", PAGE):
+        assert argument in [value.split("=")[0] for value in instructions("ARG")]
+
+
+def test_both_images_have_the_files_that_setup_reads() -> None:
+    copied = {source for line in instructions("COPY") for source in line.split()[:-1]}
+    assert {line.split()[0] for line in section("files")} == copied
+    assert all(line == f"{line.split()[0]} /phi3v/{line.split()[0]}" for line in section("files"))
+    needed = {"setup.cfg", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "phi3v"}
+    assert copied == needed
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_both_images_put_their_python_first() -> None:
+    """slurm/train.sh calls python3 in a container."""
+    assert "PATH=/opt/venv/bin:${PATH}" in instructions("ENV")
+    assert section("environment") == ["export PATH=/opt/venv/bin:$PATH"]
+
+
+def test_hadolint_has_nothing_to_say_of_the_dockerfile() -> None:
+    linter = shutil.which("hadolint", path=str(BIN)) or shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("hadolint is missing; make setup installs it ([test] in setup.cfg)")
+    done = run(linter, "--no-color", CONTAINER / "Dockerfile", cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_definition_is_valid_shell(tmp_path: Path) -> None:
+    for name in ("post", "environment"):
+        script = tmp_path / name
+        script.write_text("\n".join(section(name)).replace("{{", "").replace("}}", ""))
+        done = run("sh", "-n", script, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def page_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_runs_or_says_why_not() -> None:
+    ran = 0
+    for command in page_commands():
+        if command.startswith(tuple(ELSEWHERE)):
+            continue
+        program, *arguments = shlex.split(command)
+        done = run(BIN / program, *arguments, cwd=ROOT)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        ran += 1
+    assert ran >= 1
+    for start in ELSEWHERE:
+        assert any(command.startswith(start) for command in page_commands()), start
+
+
+def test_files_that_the_page_names_exist() -> None:
+    for name in re.findall(r"\b(?:launch|ds_configs|slurm)/[\w./]+\w", PAGE):
+        assert (ROOT / name).exists(), name
