@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from phi3v.config import (
     DeepSpeedConfig,
     RunConfig,
@@ -13,6 +11,7 @@ from phi3v.config import (
     load_deepspeed,
     load_recipe,
 )
+from phi3v.devices import has_cuda
 from phi3v.training.ranks import Ranks
 
 
@@ -24,7 +23,7 @@ def load_run(
     Raises: ConfigError.
     """
     cfg = load_recipe(RunConfig, Path(recipe), overrides)
-    path = Path(cfg.deepspeed) if cfg.deepspeed else default_deepspeed(torch.cuda.is_available())
+    path = Path(cfg.deepspeed) if cfg.deepspeed else default_deepspeed(has_cuda())
     ds = load_deepspeed(path, ranks.world_size)
     check(cfg, ds)
     return cfg, ds
