@@ -25,8 +25,8 @@ SLURM_GPUS = {"SLURM_JOB_GPUS": "", "SLURM_STEP_GPUS": "", "SLURM_GPUS_ON_NODE":
 MIN_DRIVERS = {11: 450, 12: 525, 13: 580}
 # DeepSpeed 0.19.8 csrc/cpu/comm/shm.cpp `allreduce_workspace`: 2 buffers of 1 MiB and 2 of 32.
 CPU_RANK_BYTES = 2 * 2**20 + 2 * 32 * 2**20
-# NCCL's segments take 4 to 10 MB for each channel of a pair. Below this DeepSpeed's env_report warns,
-# and NCCL's manual gives a container 1 GB.
+# NCCL's segments take 4 to 10 MB for each channel of a pair. Below this DeepSpeed's env_report
+# warns, and NCCL's manual gives a container 1 GB.
 NCCL_BYTES = 512 * 2**20
 BY_NAME = "or set DS_ACCELERATOR=cpu to compute on the CPU"
 

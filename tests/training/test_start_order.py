@@ -1,4 +1,4 @@
-"""The order of calls at a start on GPUs that are not there: rank 3 of 8, with a recorded torch.cuda.
+"""The order of calls at a start on GPUs that are not there: rank 3 of 8, recorded.
 
 An object that is sent before the device is set goes by way of GPU 0, which NCCL refuses for every
 rank but one; no machine without GPUs would notice.
@@ -23,8 +23,12 @@ from phi3v.training.stopping import StopRequests
 RANKS = Ranks(rank=3, world_size=8, local_rank=3, local_size=8)
 OWN = torch.device("cuda", 3)
 VARIABLES = {
-    "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_SIZE": "8",
-    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "3",
+    "LOCAL_SIZE": "8",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
 }
 
 
