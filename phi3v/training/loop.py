@@ -82,10 +82,11 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests)
         session, done = start(run, stop, watchdog)
         done = run_steps(session, done)
         finish(session, done)
-        session.tracker.finish()
-        if ranks.is_first:
-            stop.clear_file()  # it came too late
-        zero.leave_together()
+        with watchdog.patience():  # the service that is told may be slow
+            session.tracker.finish()
+            if ranks.is_first:
+                stop.clear_file()  # it came too late
+            zero.leave_together()
     if lock:
         lock.close()
 

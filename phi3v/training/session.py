@@ -154,12 +154,13 @@ def stop_here(session: Session, done: Progress) -> None:
     """
     save(session, done)
     wait_until_saved(session)
-    session.tracker.finish()
     run = session.run
     reason = session.stop.reason() or "a signal to another rank"
-    if run.ranks.is_first:
-        session.stop.clear_file()
-    zero.leave_together()
+    with session.watchdog.patience():
+        session.tracker.finish()
+        if run.ranks.is_first:
+            session.stop.clear_file()
+        zero.leave_together()
     raise Stopped(
         f"stopped by {reason} after step {done.step} of {run.total_steps}, which is saved in "
         f"{run.folder.checkpoints}; the same command goes on"
