@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_mode
         "model": {"path": str(tiny_model)},
         "data": {"shards": str(tiny_shards), "max_tokens": 264},
         "optim": {"lr": 1e-3},
-        "train": {"max_steps": 3},
+        "train": {"max_steps": 1},
         "wandb": {"mode": "disabled"},
     }
     (folder / "run.yaml").write_text(json.dumps(recipe))

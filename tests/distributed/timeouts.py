@@ -32,6 +32,7 @@ def main(folder: Path, out: Path) -> None:
 
 def of_run(path: Path, ranks: Ranks) -> dict[str, list[float]]:
     from phi3v.training import session, zero
+    from phi3v.training.loop import run_steps
     from phi3v.training.opening import open_run
     from phi3v.training.start import load_run
     from phi3v.training.stopping import StopRequests
@@ -43,9 +44,9 @@ def of_run(path: Path, ranks: Ranks) -> dict[str, list[float]]:
     zero.first_rank_does(run.folder.lock, ranks.is_first)
     dog = Watchdog(100.0, run.folder.path, ranks.rank, 200.0, zero.set_timeouts)
     with closing(dog):
-        opened, _ = session.start(run, StopRequests(), dog)
+        opened, done = session.start(run, StopRequests(), dog)
         seconds = {"start": group_seconds(opened.engine)}
-        dog.settle()
+        run_steps(opened, done)
         seconds["steps"] = group_seconds(opened.engine)
         with dog.patience():
             seconds["patience"] = group_seconds(opened.engine)
