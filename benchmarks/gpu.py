@@ -44,6 +44,7 @@ from timing import ROOT, describe_machine
 from phi3v.config.schema import ModelSection
 from phi3v.data import Dataset
 from phi3v.data.batch import model_inputs
+from phi3v.devices import has_cuda
 from phi3v.errors import ConfigError
 from phi3v.model.execution import Execution, choose_execution
 from phi3v.training.ranks import RANK_VARIABLES, set_environment
@@ -90,7 +91,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown section {sorted(unknown)[0]}; there are {' '.join(SECTIONS)}")
     set_environment()
-    scale = full() if torch.cuda.is_available() else toy()
+    scale = full() if has_cuda() else toy()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(scale, Path(folder), arguments.out, arguments.steps)

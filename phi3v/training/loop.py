@@ -44,6 +44,7 @@ from phi3v.training.session import (
     save,
     start,
     stop_here,
+    wait_until_saved,
 )
 from phi3v.training.stopping import StopRequests
 from phi3v.training.watchdog import Watchdog
@@ -73,16 +74,19 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests)
             print(f"{run.folder.path} is finished: {run.total_steps} steps; see summary.json")
         return
     stop.watch(run.folder.path, cfg.train.stop_after)
-    zero.start_process_group(cfg.train.hang_timeout)
+    timeouts = cfg.train.hang_timeout, max(cfg.train.hang_timeout, cfg.train.start_timeout)
+    zero.start_process_group(timeouts[1])
     lock = zero.first_rank_does(run.folder.lock, ranks.is_first)
-    with closing(Watchdog(cfg.train.hang_timeout, run.folder.path, ranks.rank)) as watchdog:
+    dog = Watchdog(timeouts[0], run.folder.path, ranks.rank, timeouts[1], zero.set_timeouts)
+    with closing(dog) as watchdog:
         session, done = start(run, stop, watchdog)
         done = run_steps(session, done)
         finish(session, done)
-        session.tracker.finish()
-        if ranks.is_first:
-            stop.clear_file()  # it came too late
-        zero.leave_together()
+        with watchdog.patience():  # the service that is told may be slow
+            session.tracker.finish()
+            if ranks.is_first:
+                stop.clear_file()  # it came too late
+            zero.leave_together()
     if lock:
         lock.close()
 
@@ -131,6 +135,7 @@ def run_until_bad(
         with profiled(run.folder.profile, number, cfg.debug.profile_steps, ranks.rank):
             result = train_step(run, engine, loader, step, rates, limit, wishes(session))
         session.watchdog.beat()
+        session.watchdog.settle()
         reason = reason_to_skip(result.loss, result.norm, limit)
         metrics: dict[str, Any] = {"step": number, "epoch": step.at.epoch}
         metrics |= {"loss": _finite(result.loss), "grad_norm": _finite(result.norm)}
@@ -231,7 +236,7 @@ def after_step(session: Session, done: Progress, result: StepResult, is_good: bo
     """
     run, cfg = session.run, session.run.cfg
     if result.has_failed:
-        session.saver.wait()
+        wait_until_saved(session)
     is_last = done.step == run.total_steps
     if result.is_stopping and not is_last:
         stop_here(session, done)
@@ -249,8 +254,10 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
     Raises: CheckpointError if there is none, or going back has not helped before.
     """
     run, first_bad = session.run, done.step - len(trail.skipped) + 1
-    session.saver.wait()
-    choice = choose(run.folder.checkpoints, run.ranks, before=first_bad)
+    wait_until_saved(session)
+    beat = session.watchdog.beat
+    with session.watchdog.patience():
+        choice = choose(run.folder.checkpoints, run.ranks, beat, before=first_bad)
     tried = zero.from_first_rank(run.folder.faults.rollbacks_to(choice.step if choice else 0))
     if choice is None or tried >= MAX_ROLLBACKS or run.cfg.debug.overfit_one_pack:
         raise CheckpointError(
@@ -258,7 +265,8 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
             f"{'has not helped' if tried else 'is not possible'}; {run.folder.faults.path} has "
             "their reasons and samples, look at those, or lower optim.lr in another run"
         )
-    back = restore(session.engine, choice, run.ranks)
+    with session.watchdog.patience():
+        back = restore(session.engine, choice, run.ranks)
     session.saver.saved_step = back.step
     if run.ranks.is_first:
         say(f"going back to step {back.step}, steps {first_bad} on are left out")
@@ -267,7 +275,6 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
         run.folder.faults.add_rollback(back.step, trail.skipped)
         forget_later_steps(run, back, dict(choice.manifest))
         session.tracker.forget_after(back.step)
-    session.watchdog.beat()
     return back
 
 

@@ -27,6 +27,7 @@ import torch.distributed
 
 from phi3v.config.running import CheckpointSection
 from phi3v.data.packing import Position
+from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError
 from phi3v.files import sha256
 from phi3v.training import zero
@@ -178,10 +179,9 @@ def random_name(rank: int) -> str:
 
 def random_states() -> dict[str, Any]:
     """What every random number of this process follows from."""
-    has_cuda = torch.cuda.is_available()
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if has_cuda else None,
+        "cuda": torch.cuda.get_rng_state() if has_cuda() else None,
     }
