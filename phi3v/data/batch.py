@@ -4,8 +4,9 @@
     loss = model(**model_inputs(batch, dataset.view_settings, device))
 
 The uint8 canvases travel to the device, where they are cut, normalised and given their global
-views. Ids and labels stay on the host, which looks for places in them; the model sends them. A loader's batches lie in arenas, memory that is used again
-for later ones and that CUDA copies from while the processor goes on.
+views. Ids and labels stay on the host, which looks for places in them; the model sends them. A
+loader's batches lie in arenas, memory that is used again for later ones and that CUDA copies from
+while the processor goes on.
 """
 
 from collections.abc import Sequence

@@ -329,7 +329,7 @@ def test_a_flash_backend_is_refused_without_cuda(wanted: str) -> None:
     [
         (
             *("flash", (9, 0), BF16),
-            r"fails; pip install -e '\.\[flash-attn\]', see docs/install.md; set model.attention=auto",
+            r"fails; pip install -e '\.\[flash-attn\]', see docs/install.md; set model",
         ),
         ("varlen", (9, 0), FP32, "in bfloat16 or float16, these are torch.float32"),
         ("varlen", (7, 5), BF16, "compute capability 8.0 or more, this is 7.5"),
