@@ -5,12 +5,14 @@
                norms, rotary embedding, activation and sums a second time, and no product
     full       keep the layer's input; compute all but the last product a second time
 
-In bfloat16 at the published widths, measured on CPU:
+In bfloat16 at the published widths, counted by tests/cuda:
 
                bytes per token and layer       FLOPs of products beside "none"
                none   selective    full        selective    full
-    decoder  88,200      69,760   6,144             1.00    1.26
-    tower    24,648      20,544   2,048             1.00    1.22
+    decoder  82,056      69,760   6,144             1.00    1.26
+    tower    24,656      20,544   2,048             1.00    1.22
+
+SDPA, sample by sample, keeps 88,200 in the decoder under "none".
 
 torch's own selective checkpoint is not used. It hands out a product into which something was
 written later (DeepSpeed's linear adds its bias so) and lets it be written a second time: the
