@@ -38,6 +38,14 @@ def available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return found
 
 
+def runs_liger(device: torch.device) -> bool:
+    """Whether Liger's loss can be had here."""
+    try:
+        return choose_loss("liger", device) == "liger"
+    except ConfigError:
+        return False
+
+
 def check_all(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
     """Hold every way of computing against the plain one, on a small model."""
     torch.manual_seed(0)
@@ -59,7 +67,7 @@ def check_all(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
         f"attention {n}": replace(plain, attention=a) for n, a in available(device, dtype).items()
     }
     ways |= {"compiled kernels": replace(plain, compiled=True)} if device.type == "cuda" else {}
-    if choose_loss("auto", device) == "liger":
+    if runs_liger(device):
         ways["loss liger"] = replace(plain, loss="liger")
     for how in ("selective", "full"):
         ways[f"checkpointing {how}"] = replace(plain, checkpointing=how, vision_checkpointing=how)

@@ -24,6 +24,7 @@ from phi3v.data.batch import model_inputs
 from phi3v.data.loader import Loader, OnePack, Step
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError
+from phi3v.model.sending import send
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress
@@ -193,7 +194,7 @@ def train_step(
     trained = sum(int(run.dataset.label_tokens[pack].sum()) for pack in step.packs)
     undo = run.ranks.world_size * run.ds.accumulation  # what DeepSpeed will divide by
     zero.set_learning_rates(engine, rates)
-    sums = torch.tensor([0.0, *wishes], dtype=torch.float64).to(run.device, non_blocking=True)
+    sums = send(torch.tensor([0.0, *wishes], dtype=torch.float64), run.device)
     for number, batch in enumerate(loader.on_device(step.batches), 1):
         loss = engine(**model_inputs(batch, run.dataset.view_settings, run.device))
         sums[0] += loss.detach().double()
