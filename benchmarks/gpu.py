@@ -209,12 +209,13 @@ def can_run(section: Section, table: Table, is_toy: bool) -> bool:
 
 
 def together(sections: Sequence[Section], is_toy: bool) -> Iterator[list[Section]]:
-    """The sections that share a process: at toy size neighbours, which have no memory to lose."""
+    """The sections that share a process; at toy size, where a start is most of them, all can."""
     if not is_toy:
         yield from ([section] for section in sections)
-    else:
-        for _, group in groupby(sections, key=lambda section: section.ranks != "one"):
-            yield list(group)
+        return
+    for is_alone in (True, False):
+        if group := [s for s in sections if (s.ranks == "one") is is_alone]:
+            yield group
 
 
 def run_group(
@@ -255,7 +256,7 @@ def child_command(section: Section, order: Path, arguments: argparse.Namespace) 
     script = [__file__, "--child", order, "--out", arguments.out, "--steps", arguments.steps]
     script += ["--ranks", arguments.ranks, *(["--toy"] if arguments.toy else [])]
     launcher: list[object] = []
-    if section.ranks == "launched" or section.ranks == "all" and arguments.ranks > 1:
+    if section.ranks == "launched" or (section.ranks == "all" and arguments.ranks > 1):
         # As a module: a package that was only laid on PYTHONPATH has no script.
         launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", arguments.ranks]
         launcher += ["--master_port", free_port()]

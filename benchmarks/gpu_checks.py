@@ -6,13 +6,14 @@ difference over the norm of what is expected.
 
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from fullsize import Bench, make_loader, run_recipe
+from fullsize import Bench, make_loader, run_recipe, synchronize
 from gpu_table import Findings
 from mixture import draw_mixture
 from timing import ROOT
@@ -231,7 +232,7 @@ def check_fused(small: Small, findings: Findings, expected: Sequence[Tensor]) ->
     for _ in range(2):
         began = time.perf_counter()
         found = small.gradients(fused, [small.samples])
-        torch.cuda.synchronize()
+        synchronize(small.device)
         seconds.append(time.perf_counter() - began)
     small.compare(findings, "model, fused as eager", found, expected)
     findings.measured("kernels are compiled", f"in {seconds[0] - seconds[1]:.1f} s")
@@ -358,8 +359,6 @@ def place() -> str:
 
 def waits_of(call: Callable[[], object], set_mode: Callable[[str], None]) -> list[str]:
     """What lets the host wait in a call."""
-    import warnings
-
     found: list[str] = []
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:

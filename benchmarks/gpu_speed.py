@@ -187,7 +187,8 @@ def _profile_step(bench: Bench, findings: Findings, step: Callable[[Batch], None
     cfg = run_recipe(bench.folder, dataset.folder, bench.scale)
 
     def watched(batch: Batch) -> None:
-        with profiled(bench.out / "profile", 1, (1,), bench.ranks.rank):
+        traced = (1,) if bench.ranks.is_first else ()
+        with profiled(bench.out / "profile", 1, traced, bench.ranks.rank):
             step(batch)
             synchronize(bench.scale.device)
 
