@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +14,9 @@ from gpu_table import Findings
 from gpu_training import recipe_values
 
 from phi3v.config import RunConfig, build_recipe, check, default_deepspeed, load_deepspeed
-from phi3v.files import read_lines, write_json
-from phi3v.training.stopping import StopRequests
+from phi3v.data.loader import Loader
+from phi3v.data.packing import Position
+from phi3v.files import write_json
 
 STEPS = 2
 ACCUMULATION = 2
@@ -105,7 +104,7 @@ def _bandwidth(ranks: int, device: torch.device) -> str:
 
 
 def jsons(bench: Bench, findings: Findings) -> None:
-    """Every shipped JSON starts a run on the shards, and makes two steps of the same losses."""
+    """Every shipped JSON makes two steps on the shards, all of the same losses."""
     shipped = sorted(default_deepspeed(has_cuda=True).parent.glob("*.json"))
     expected: list[float] | None = None
     for path in shipped:
@@ -138,17 +137,30 @@ def _adapted(bench: Bench, path: Path) -> Path:
 
 
 def _train(bench: Bench, path: Path) -> list[float]:
-    """Losses of a whole run of the program's own training, in this process."""
-    from phi3v.training.loop import train
+    """Losses of some steps as launch/train.py makes them, in this process's group."""
+    from phi3v.training import zero
+    from phi3v.training.loop import train_step
+    from phi3v.training.opening import load_model, open_run
+    from phi3v.training.optimizer import learning_rates, parameter_groups
 
-    out = bench.folder / f"run-{path.stem.partition('-')[2]}"
-    values: dict[str, Any] = recipe_values(bench.folder, out, path, STEPS)
+    ranks = bench.ranks
+    values = recipe_values(bench.folder, bench.folder / "runs/jsons", path, STEPS)
     cfg = build_recipe(RunConfig, values, bench.folder / "run.yaml", [])
-    ds = load_deepspeed(path, bench.ranks.world_size)
+    ds = load_deepspeed(path, ranks.world_size)
     check(cfg, ds)
-    os.chdir(bench.folder)
-    train(cfg, ds, bench.ranks, StopRequests())
-    return [line["loss"] for line in read_lines(out / "metrics.jsonl")]
+    bench.join()
+    run = open_run(cfg, ds, ranks)
+    model = load_model(cfg, ds)
+    model.set_execution(run.execution)
+    engine = zero.build_engine(model, parameter_groups(model, cfg), ds)
+    loader = Loader(run.dataset, run.plan, ranks.rank, ranks.world_size, run.device)
+    coming, losses = loader.steps(Position()), []
+    for number in range(1, STEPS + 1):
+        rates = learning_rates(number, STEPS, cfg)
+        losses.append(train_step(run, engine, loader, next(coming), rates).loss)
+    coming.close()
+    engine.destroy()
+    return losses
 
 
 def _apart(losses: list[float], expected: list[float]) -> float:
