@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -323,6 +324,9 @@ def work(arguments: argparse.Namespace) -> None:
     """Be the process of some sections, or one rank of it."""
     order = json.loads(Path(arguments.child).read_text(encoding="utf-8"))
     faulthandler.dump_traceback_later(max(1.0, order["limit"] - STACKS_SECONDS), exit=False)
+    orphan = threading.Timer(order["limit"] + STACKS_SECONDS, os._exit, (1,))
+    orphan.daemon = True  # where nobody is left to end this process at its limit
+    orphan.start()
     ranks = set_environment()
     from fullsize import Bench, full, toy
 

@@ -109,8 +109,8 @@ class Trainings:
     def start(self, name: str, ranks: int) -> Command:
         recipe = self.folder / f"{name}.yaml"
         write_json(recipe, recipe_values(self.folder, self.run(name), self.deepspeed, STEPS))
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", ranks]
-        launcher += ["--master_port", free_port()]
+        port = ["--master_port", free_port()]
+        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", ranks, *port]
         script = [ROOT / "launch/train.py", recipe]
         return _started([sys.executable, *launcher, *script], self.folder)
 

@@ -61,7 +61,7 @@ def lines_of(script: str) -> list[str]:
     """What a benchmark prints; each is run once."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *SMALL[script]]
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 
