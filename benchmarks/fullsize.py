@@ -186,6 +186,14 @@ def run_recipe(folder: Path, shards: Path, scale: Scale) -> RunConfig:
     return build_recipe(RunConfig, values, folder / "recipe.yaml", [])
 
 
+def recipe_of(bench: Bench, dataset: Dataset) -> RunConfig:
+    """A recipe for a dataset, of a budget that its longest sample fits into."""
+    cfg = run_recipe(bench.folder, dataset.folder, bench.scale)
+    max_tokens = max(int(dataset.tokens.max()), cfg.data.max_tokens)
+    max_views = max(int(dataset.views.max()), cfg.data.max_views)
+    return replace(cfg, data=replace(cfg.data, max_tokens=max_tokens, max_views=max_views))
+
+
 def engine_settings(folder: Path, scale: Scale, ranks: Ranks) -> DeepSpeedConfig:
     """The shipped JSON for one pack on each rank, and gradients in bf16 on a single GPU.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fullsize import Bench, make_loader, run_recipe, synchronize
+from fullsize import Bench, make_loader, recipe_of, synchronize
 from gpu_table import Findings
 from mixture import draw_mixture
 from timing import ROOT
@@ -265,10 +265,8 @@ def check_repetition(small: Small, findings: Findings) -> None:
 
 def data(bench: Bench, findings: Findings) -> None:
     """What the loader hands to the device, and the views that are made there."""
-    dataset = bench.dataset("pictures")
-    cfg = run_recipe(bench.folder, dataset.folder, bench.scale)
-    device = bench.scale.device
-    loader = make_loader(dataset, cfg, bench.ranks, device)
+    dataset, device = bench.dataset("mixture"), bench.scale.device
+    loader = make_loader(dataset, recipe_of(bench, dataset), bench.ranks, device)
     coming = loader.steps(Position())
     differing, count = [], 12  # more steps than there are arenas, which are used again
     for number in range(count):
@@ -284,7 +282,7 @@ def data(bench: Bench, findings: Findings) -> None:
     findings.check(f"packs {how}", not differing, "as read one by one", seen)
     if is_pinned is False:
         findings.check("memory of the loader", False, "pinned", "not pinned")
-    check_views(bench, findings, direct)
+    check_views(bench, findings)
 
 
 def same_batch(one: Batch, other: Batch) -> bool:
@@ -296,13 +294,13 @@ def same_batch(one: Batch, other: Batch) -> bool:
     )
 
 
-def check_views(bench: Bench, findings: Findings, batch: Batch) -> None:
+def check_views(bench: Bench, findings: Findings) -> None:
     """Views made on the device beside those made on the CPU, which are the processor's."""
-    device, settings = bench.scale.device, bench.dataset("pictures").view_settings
+    device, dataset = bench.scale.device, bench.dataset("pictures")
     if device.type != "cuda":
         findings.skipped("views made on the device", "needs CUDA")
         return
-    canvas = batch.canvases[0]
+    canvas, settings = collate([dataset[0]]).canvases[0], dataset.view_settings
     found, expected = make_views(canvas.to(device), settings).cpu(), make_views(canvas, settings)
     differing = int((found[1:] != expected[1:]).sum())
     findings.check(

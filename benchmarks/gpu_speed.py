@@ -18,7 +18,7 @@ from fullsize import (
     Timed,
     make_loader,
     make_model,
-    run_recipe,
+    recipe_of,
     synchronize,
     time_packs,
     variants,
@@ -162,13 +162,8 @@ def plain_step(bench: Bench, loop: PlainLoop, model: Phi3VForCausalLM, batch: Ba
 def attempt(bench: Bench, name: str, step: Callable[[Batch], None]) -> Timed | None:
     """Time steps on a dataset; None where memory does not suffice."""
     dataset = bench.dataset(name)
-    cfg = run_recipe(bench.folder, dataset.folder, bench.scale)
-    if name == "mixture":
-        longest, most = int(dataset.tokens.max()), int(dataset.views.max())
-        budget = max(longest, cfg.data.max_tokens), max(most, cfg.data.max_views)
-        cfg = replace(cfg, data=replace(cfg.data, max_tokens=budget[0], max_views=budget[1]))
     try:
-        return time_packs(bench, dataset, cfg, step, bench.steps)
+        return time_packs(bench, dataset, recipe_of(bench, dataset), step, bench.steps)
     except TOO_MUCH:
         pass  # what its frames hold can be freed only behind the clause
     bench.free()
@@ -184,7 +179,6 @@ def _profile_step(bench: Bench, findings: Findings, step: Callable[[Batch], None
     from phi3v.training.profile import profiled
 
     dataset = bench.dataset("pictures")
-    cfg = run_recipe(bench.folder, dataset.folder, bench.scale)
 
     def watched(batch: Batch) -> None:
         traced = (1,) if bench.ranks.is_first else ()
@@ -192,7 +186,7 @@ def _profile_step(bench: Bench, findings: Findings, step: Callable[[Batch], None
             step(batch)
             synchronize(bench.scale.device)
 
-    time_packs(bench, dataset, cfg, watched, 1)
+    time_packs(bench, dataset, recipe_of(bench, dataset), watched, 1)
     findings.measured("profile of a step", str(bench.out / "profile"))
 
 
@@ -201,7 +195,7 @@ def save(bench: Bench, findings: Findings) -> None:
     sizes = replace(bench.scale.sizes, layers=LAYERS_OF_A_SAVE, vision_layers=LAYERS_OF_A_SAVE)
     bench = replace(bench, scale=replace(bench.scale, sizes=sizes))
     dataset = bench.dataset("pictures")
-    cfg = run_recipe(bench.folder, dataset.folder, bench.scale)
+    cfg = recipe_of(bench, dataset)
     with bench.engine() as (engine, model):
         from phi3v.training.checkpoints.saving import Progress, Saver
 
@@ -306,10 +300,10 @@ def _takes(bench: Bench, engine: Any, tokens: int) -> bool:
     mixture = alike(4, tokens // 2, tokens - tokens // 2, (), scale.config.image_side)
     mixture.write(folder, scale.sizes.image_size, scale.vocabulary)
     dataset = Dataset(folder, "train")
-    cfg = run_recipe(bench.folder, folder, scale)
-    cfg = replace(cfg, data=replace(cfg.data, max_tokens=tokens))
     try:
-        time_packs(bench, dataset, cfg, partial(engine_step, bench, engine), 1)
+        time_packs(
+            bench, dataset, recipe_of(bench, dataset), partial(engine_step, bench, engine), 1
+        )
     except TOO_MUCH:
         return False
     return True
