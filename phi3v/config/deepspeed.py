@@ -116,6 +116,11 @@ class DeepSpeedConfig:
         return self._value("zero_optimization.stage", 0)
 
     @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state lies, and its steps are computed, in the host's memory."""
+        return self._value("zero_optimization.offload_optimizer.device", "none") == "cpu"
+
+    @property
     def bf16(self) -> bool:
         """Whether the model computes in bfloat16 (with float32 master weights), not float32."""
         return self._value("bf16.enabled", False)
