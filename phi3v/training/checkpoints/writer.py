@@ -182,6 +182,7 @@ class Writer(CheckpointEngine):
             if self._stays(tensor):
                 staying.append(tensor.detach())
                 return staying[-1]
+            assert tensor.is_cpu or self._stream, "nobody would wait for a copy from CUDA"
             return self._staging.take(tensor, copies)
 
         state = map_tensors(state_dict, take)
