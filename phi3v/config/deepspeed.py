@@ -43,6 +43,8 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "train_micro_batch_size_per_gpu": (1,),
     "zero_optimization.stage": (1, 2, 3),
     "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
+    "zero_optimization.offload_optimizer.ratio": (1.0,),
+    "zero_optimization.offload_optimizer.super_offload": (False,),
     "zero_optimization.offload_param.device": ("none", "cpu", "nvme"),
     "data_types.grad_accum_dtype": ("fp32", "bf16"),
     "communication_data_type": ("fp32", "bf16"),
@@ -59,6 +61,10 @@ REASONS = {
     "for float32",
     "bf16.check_grad_overflow": "the stages 1 and 2 would put a gradient that is not a number into "
     "the weights; stage 3 checks always",
+    "zero_optimization.offload_optimizer.ratio": "DeepSpeed 0.19.8 steps the rest by an optimizer "
+    "that is in no checkpoint and has no learning rate of ours",
+    "zero_optimization.offload_optimizer.super_offload": "DeepSpeed 0.19.8 keeps the moments in a "
+    "process of their own, and no checkpoint has them",
     "zero_optimization.zero_quantized_gradients": "DeepSpeed 0.19.8 reads every gradient as "
     "float16, whatever it is",
 }
