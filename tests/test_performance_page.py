@@ -212,6 +212,19 @@ def test_the_page_says_what_the_formulas_give() -> None:
     assert not missing, "\n".join(missing)
 
 
+def test_the_keys_of_the_deepspeed_json_cost_what_their_page_says() -> None:
+    page = (Path(__file__).parents[1] / "docs/deepspeed.md").read_text()
+    bucket, joined = memory.bucket_bytes(PUBLISHED, deepspeed("zero3"))
+    saved = bucket + joined
+    saved -= sum(memory.bucket_bytes(PUBLISHED, deepspeed("zero3", **SMALL_BUCKETS)))
+    assert f"in float32: {bucket / 1e9:.0f} GB, and {joined / 1e9:.0f} GB more" in page
+    assert f"100,000,000 on cards of 40 GB saves {giga(saved)} GB" in page
+    offload = deepspeed("zero3_offload", 1)
+    states = memory.optimizer_bytes(offload), 4 + memory.gradient_bytes(offload)
+    assert f"{states[0]} bytes per parameter of the rank's share" in page
+    assert f"pinned memory, {states[1]} more before rounding" in page
+
+
 def test_no_other_bytes_are_on_the_page() -> None:
     """But the names of cards, a host's, and what transformers' layers were counted to keep."""
     known = "|".join(
