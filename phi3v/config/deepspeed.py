@@ -39,7 +39,7 @@ REQUIRED_KEYS = (
 BF16_KEYS = ("data_types.grad_accum_dtype", "communication_data_type")
 """Keys that must be stated beside bf16: DeepSpeed would add gradients up in bf16 as well."""
 
-CHOICES: dict[str, tuple[str | int, ...]] = {
+CHOICES: dict[str, tuple[str | float, ...]] = {
     "train_micro_batch_size_per_gpu": (1,),
     "zero_optimization.stage": (1, 2, 3),
     "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),

@@ -328,8 +328,9 @@ def test_auto_is_refused_wherever_it_stands(key: str, changes: dict[str, Any]) -
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}},
-            "zero_optimization.offload_optimizer.ratio must be 1.0, got 0.5; DeepSpeed 0.19.8 steps "
-            "the rest by an optimizer that is in no checkpoint and has no learning rate of ours",
+            "zero_optimization.offload_optimizer.ratio must be 1.0, got 0.5; DeepSpeed 0.19.8 "
+            "steps the rest by an optimizer that is in no checkpoint and has no learning rate of "
+            "ours",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}},
