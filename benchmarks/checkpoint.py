@@ -97,7 +97,7 @@ def make_sides(state: dict[str, Any]) -> dict[str, Side]:
 def ours(state: dict[str, Any], is_guarded: bool = False, is_prepared: bool = False) -> Side:
     from phi3v.training.checkpoints.writer import Writer  # reads the environment at import
 
-    writer = Writer()
+    writer = Writer(state["fp32_flat_groups"][0].device)
     if is_guarded:
         writer.guard(torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))]))
     if is_prepared:

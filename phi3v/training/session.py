@@ -68,7 +68,16 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
         folder.write_origin(cfg, run.ds, data, ranks.world_size, asdict(run.execution))
         forget_later_steps(run, done, before)
     tracker = start_tracker(run, done.step, before.get("wandb_id"))
-    saver = Saver(engine, folder.checkpoints, cfg.checkpoint, ranks, run.facts())
+    saver = Saver(
+        engine,
+        folder.checkpoints,
+        cfg.checkpoint,
+        ranks,
+        run.facts(),
+        device=run.device,
+        offloaded=run.ds.offloads_optimizer,
+        beat=watchdog.beat,
+    )
     saver.saved_step = choice.step if choice else None
     saver.scores.update(best_scores(folder.read_evaluations(), cfg.checkpoint.best))
     watchdog.beat()

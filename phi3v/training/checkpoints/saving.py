@@ -1,6 +1,6 @@
 """Saving a run behind its training.
 
-    saver = Saver(engine, folder, cfg.checkpoint, ranks, facts)
+    saver = Saver(engine, folder, cfg.checkpoint, ranks, facts, device, offloaded, beat)
     saver.save(done, metrics_bytes=..., wandb_id=...)    # returns when the state is copied
     saver.wait()                                         # until it is on disk under its name
 
@@ -14,7 +14,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -56,8 +56,11 @@ class Progress:
 class Saver:
     """Saves a run, one checkpoint at a time; all ranks call its methods at the same steps.
 
-    facts   of the manifest that stay the same: world size, stage, fingerprints, versions
-    scores  of the evaluated steps, higher is better, for `checkpoint.best`
+    facts      of the manifest that stay the same: world size, stage, fingerprints, versions
+    device     on which the engine computes
+    offloaded  whether the optimizer's state lies in the host's memory
+    beat       what says that this rank goes on, while its step waits for a disk that is slow
+    scores     of the evaluated steps, higher is better, for `checkpoint.best`
     """
 
     engine: Any
@@ -65,18 +68,21 @@ class Saver:
     section: CheckpointSection
     ranks: Ranks
     facts: Mapping[str, Any]
+    device: torch.device
+    offloaded: bool
+    beat: Callable[[], None]
     scores: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.writer = Writer()
+        self.writer = Writer(self.device, self.offloaded)
         self.engine.checkpoint_engine = self.writer
-        self.writer.guard(self.engine.optimizer.optimizer)
+        self.writer.guard(self.engine.optimizer.optimizer, self.beat)
         self.writer.prepare(self.engine.optimizer.state_dict())
         self.saved_step: int | None = None
         self._given_up = threading.Event()
 
     def save(self, progress: Progress, **facts: Any) -> None:
-        """Copy the state and have it written; waits for the checkpoint before, if it must.
+        """Have the state copied and written; waits for the checkpoint before, if it must.
 
         Raises: CheckpointError on all ranks if an earlier one could not be written.
         """
