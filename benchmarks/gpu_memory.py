@@ -1,33 +1,31 @@
 """The section `memory` of gpu.py: what a pack keeps on the device, beside its formula."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
-from fullsize import Bench, make_model, variants
+from fullsize import Bench, engine_settings, make_model, variants
 from gpu_table import Findings
 
 from phi3v.data.batch import Batch, collate, model_inputs
 from phi3v.model import Phi3VForCausalLM
+from phi3v.model.attention import SDPA
 from phi3v.model.execution import Execution
+from phi3v.training.memory import GpuUse, Pack, Sizes, gpu_memory
 
-# Bytes per token that a layer of the published model keeps (docs/performance.md).
-DECODER = {"none": 82_440, "selective": 69_760, "full": 6_144}
-TOWER = {"none": 24_648, "selective": 20_544, "full": 2_048}
-HEAD = 0.4e9  # the head's gradient in float32, which waits there from the forward pass
-SHARE, SLACK = 0.02, 0.4e9  # how far apart: inputs, rotary angles, the allocator's rounding
-WORKING = 1.5e9  # the layer that is computed again, a chunk of logits, the kernels' own
-BUFFERS = 6.0e9  # of stage 3 as shipped
+SHARE, SLACK = 0.02, 0.4e9  # how far apart: the allocator's rounding, the kernels' own
 
 
-def kept_bytes(tokens: int, views: int, execution: Execution) -> float:
-    """What the forward pass of a pack keeps for the backward pass, at the published sizes."""
-    decoder = 32 * DECODER[execution.checkpointing] * tokens
-    return decoder + 23 * 577 * TOWER[execution.vision_checkpointing] * views + HEAD
-
-
-def state_bytes(parameters: int, ranks: int) -> float:
-    """Weights, gradients and optimizer under stage 3, as `engine_settings` has them."""
-    return parameters * (16 if ranks == 1 else 18 / ranks)
+def expected_use(bench: Bench, tokens: int, views: int, execution: Execution) -> GpuUse:
+    """What the formula says of a pack under `engine_settings`, every position trained."""
+    pack = Pack(
+        tokens=tokens,
+        views=views,
+        checkpointing=execution.checkpointing,
+        tower_checkpointing=execution.vision_checkpointing,
+        sdpa=execution.attention == SDPA,
+    )
+    ds = engine_settings(bench.folder, bench.scale, bench.ranks)
+    return gpu_memory(Sizes.of(bench.scale.config), ds, pack)
 
 
 def states_and_pack(bench: Bench, execution: Execution) -> str:
@@ -36,12 +34,10 @@ def states_and_pack(bench: Bench, execution: Execution) -> str:
         return ""
     dataset = bench.dataset("pictures")
     num = bench.scale.max_tokens // int(dataset.tokens.max())
-    pack = kept_bytes(num * int(dataset.tokens[0]), num * int(dataset.views[0]), execution)
-    states = state_bytes(4_146_621_440, bench.ranks.world_size)
-    whole = (states + BUFFERS + pack + WORKING) / 1e9
-    return (
-        f"memory {whole:.1f} GB = {states / 1e9:.1f} states + 7.5 buffers + {pack / 1e9:.1f} pack"
-    )
+    tokens, views = num * int(dataset.tokens[0]), num * int(dataset.views[0])
+    use = expected_use(bench, tokens, views, execution)
+    parts = (f"{getattr(use, part.name) / 1e9:.1f} {part.name}" for part in fields(use))
+    return f"memory {use.total / 1e9:.1f} GB = {' + '.join(parts)}"
 
 
 def memory(bench: Bench, findings: Findings) -> None:
@@ -56,7 +52,8 @@ def memory(bench: Bench, findings: Findings) -> None:
             before = torch.cuda.memory_allocated()
             kept, peak = run(bench, model, batch, execution)
             views = sum(grid_views(bench, batch))
-            expected = kept_bytes(batch.tokens, views, execution)
+            use = expected_use(bench, batch.tokens, views, execution)
+            expected = use.layers + use.edges + use.head
             how = f"{execution.checkpointing}, tower {execution.vision_checkpointing}"
             what = f"{name}, {batch.tokens:,} tokens, {views} views, {how}"
             findings.check(
@@ -65,7 +62,8 @@ def memory(bench: Bench, findings: Findings) -> None:
                 f"{expected / 1e9:.1f} GB within {SHARE:.0%} and {SLACK / 1e9:.1f} GB",
                 f"{kept / 1e9:.2f} GB",
             )
-            beside = f"{(before + expected + WORKING) / 1e9:.1f} GB with {before / 1e9:.1f} before"
+            whole = before + expected + use.working
+            beside = f"{whole / 1e9:.1f} GB with {before / 1e9:.1f} before"
             findings.measured(f"peak of {what}", f"{peak / 1e9:.2f} GB", beside)
 
 
