@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -215,8 +215,11 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
     if _is_one_or_many(kind):
         one, many = options
         return _cast(value, many if isinstance(value, list) else one, key, origin)
+    if len(options) == 2 and is_dataclass(options[1]):  # a value, or a section of its own
+        other, *sections = options
+        return _cast(value, sections[0] if isinstance(value, dict) else other, key, origin)
     if NoneType in options:
-        (inner,) = (option for option in options if option is not NoneType)
+        inner = Union[tuple(option for option in options if option is not NoneType)]
         return None if value is None else _cast(value, inner, key, origin)
     if get_origin(kind) is Literal:
         return _cast_choice(value, options, key, origin)

@@ -41,9 +41,16 @@ def _likeness(manifest: Mapping[str, Any]) -> Iterator[str]:
             f"{found['rows_joined']:,} rows share an image or one that looks alike with another "
             f"row, {found['rows_moved']:,} of them changed sides to stay together"
         )
+    if across := found.get("rows_across"):
+        yield (
+            f"{across:,} training rows show a picture that a held-out row shows too, or one that "
+            "looks alike: scores on the held-out rows are better than they should be; take these "
+            "rows out of one of the two"
+        )
     samples = sum(entry["samples"] for entry in manifest["splits"].values())
     held_out = manifest["splits"].get("validation", {"samples": 0})["samples"]
-    if split["validation"] and held_out < split["validation"] * samples / 2:
+    is_share = isinstance(split["validation"], float)
+    if is_share and held_out < split["validation"] * samples / 2:
         yield (
             f"only {held_out:,} of {samples:,} samples are held out, split.validation asks for a "
             f"share of {split['validation']}; the largest group of rows that stay together has "
