@@ -96,7 +96,8 @@ class SourceSection:
             )
         if self.convert is not None and not all(self.convert.rpartition(":")[::2]):
             raise ConfigError(
-                f"source.convert must be module:function, got {self.convert!r}; such as rows:convert"
+                f"source.convert must be module:function, got {self.convert!r}; for example "
+                "rows:convert"
             )
         if self.format in ("messages", "llava", "texts"):
             self._refuse_columns()
@@ -178,8 +179,8 @@ class SplitSection:
         at_least(0, split__seed=self.seed)
         if self.own and self.stratify:
             raise ConfigError(
-                f"split.stratify {self.stratify!r} has no meaning where split.validation names rows "
-                "of your own; remove it"
+                f"split.stratify {self.stratify!r} has no meaning where split.validation names "
+                "rows of your own; remove it"
             )
 
     @property

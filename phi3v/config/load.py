@@ -219,7 +219,7 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
         other, *sections = options
         return _cast(value, sections[0] if isinstance(value, dict) else other, key, origin)
     if NoneType in options:
-        inner = Union[tuple(option for option in options if option is not NoneType)]
+        inner: Any = Union[tuple(option for option in options if option is not NoneType)]
         return None if value is None else _cast(value, inner, key, origin)
     if get_origin(kind) is Literal:
         return _cast_choice(value, options, key, origin)

@@ -161,7 +161,9 @@ class _Turns:
             return None
         for key, value in said.items():
             if not isinstance(value, bool | int | float) or value not in (0, 1):
-                raise SampleError(f"a turn is trained or not: {key!r} is neither 0 nor 1, {value!r}")
+                raise SampleError(
+                    f"a turn is trained or not: {key!r} is neither 0 nor 1, {value!r}"
+                )
         if len({bool(value) for value in said.values()}) > 1:
             raise SampleError(f"a turn is trained or not: {', '.join(said)} differ")
         is_trained = any(said.values())

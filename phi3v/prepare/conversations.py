@@ -5,7 +5,7 @@ the result is checked here.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -76,9 +76,9 @@ def check_columns(source: SourceSection, by: str | None, columns: Collection[str
             needed[column] = "set source.user and source.assistant to make messages of these"
         else:
             needed[column] = "set source.format to what its rows hold"
-    for name in (source.id, by):
-        if name is not None and head_of(name, columns) not in columns:
-            needed[name] = name_these
+    for other in (source.id, by):
+        if other is not None and head_of(other, columns) not in columns:
+            needed[other] = name_these
     lacking = [(name, hint) for name, hint in needed.items() if name not in columns]
     for column, hint in lacking[:1]:
         raise ConfigError(
@@ -129,8 +129,8 @@ def check_hits(source: SourceSection, columns: Collection[str], rows: Iterable[R
         if not left:
             return
     raise ConfigError(
-        f"source.path {source.path} has nothing in any row that the recipe's '{next(iter(left))}' names; its "
-        f"columns are {', '.join(columns)}"
+        f"source.path {source.path} has nothing in any row that '{next(iter(left))}' of the recipe "
+        f"names; its columns are {', '.join(columns)}"
     )
 
 

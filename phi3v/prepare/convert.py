@@ -61,8 +61,8 @@ def find_function(name: str) -> Convert:
         found = getattr(importlib.import_module(module_name), function_name, None)
     except Exception as error:  # whatever the user's module raises
         raise ConfigError(
-            f"source.convert {name} cannot be imported: {type(error).__name__}, {error}; the module "
-            "lies in the current folder or is installed"
+            f"source.convert {name} cannot be imported: {type(error).__name__}, {error}; the "
+            "module lies in the current folder or is installed"
         ) from error
     if not callable(found):
         raise ConfigError(

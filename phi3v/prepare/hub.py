@@ -56,7 +56,9 @@ def hub_digest(section: SourceSection) -> str:
     """
     path = section.paths[0]
     with _told(path):
-        builder = datasets.load_dataset_builder(_named(path), section.config, revision=section.revision)
+        builder = datasets.load_dataset_builder(
+            _named(path), section.config, revision=section.revision
+        )
     return _sha256([path, builder.config.name, section.split, builder.hash])
 
 

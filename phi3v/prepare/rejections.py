@@ -97,8 +97,8 @@ def check_share(
     first = min(rejections)
     raise ConfigError(
         f"{len(rejections)} of {plan.rows} rows of {paths} cannot be used, max_rejected allows a "
-        f"share of {cfg.max_rejected}: {reasons}; first: {_place(cfg, plan, first)}, {first.reason}; "
-        f"mend the rows that {work.path / REJECTED} lists, or raise max_rejected"
+        f"share of {cfg.max_rejected}: {reasons}; first: {_place(cfg, plan, first)}, {first.reason}"
+        f"; mend the rows that {work.path / REJECTED} lists, or raise max_rejected"
     )
 
 

@@ -177,7 +177,7 @@ def _item(value: Any, index: str, values: Mapping[str, Any]) -> Any:
     """An item of a list by its number, or by the number that a column holds."""
     place = int(index) if index.isdecimal() else _index(values.get(index))
     is_there = isinstance(value, list) and place is not None and place < len(value)
-    return value[place] if is_there else None  # type: ignore[index]
+    return value[place] if is_there else None
 
 
 def left_over(template: str) -> str | None:

@@ -49,8 +49,10 @@ def write_shard(inputs: Inputs, shard: Shard) -> Done:
     return Done(samples + len(rejected), images, size, len(rejected))
 
 
-def _samples(inputs: Inputs, shard: Shard) -> Iterator[tuple[dict[str, Any], Sample | SampleError, int]]:
-    """Of each row: its number among all, its line and its id as JSON, what it becomes, how often it counts."""
+def _samples(
+    inputs: Inputs, shard: Shard
+) -> Iterator[tuple[dict[str, Any], Sample | SampleError, int]]:
+    """Of each row: its place (number among all, line, id), what it becomes, how often it counts."""
     known = np.load(inputs.work.rows, mmap_mode="r")
     for chunk in inputs.plan.parts(shard.start, shard.stop):
         first = inputs.plan.first_rows[chunk.source]
@@ -60,7 +62,7 @@ def _samples(inputs: Inputs, shard: Shard) -> Iterator[tuple[dict[str, Any], Sam
         for row, conversation in inputs.conversations(chunk, times > 0):
             index = row.number - chunk.start
             sample = _build(part, row, conversation, int(rows["tokens"][index]))
-            place = {"number": first + row.number, "line": row.line}
+            place: dict[str, Any] = {"number": first + row.number, "line": row.line}
             place["id"] = row_id(row, part.section)
             yield place, sample, int(times[index])
 

@@ -13,8 +13,10 @@ from typing import Any
 
 from phi3v.errors import SampleError
 
-PICTURES = ("images", "image", "image_path", "image_paths", "image_url", "image_urls")
-PICTURES += ("img", "imgs", "picture", "pictures", "file_name")
+PICTURES = (
+    *("images", "image", "image_path", "image_paths", "image_url", "image_urls"),
+    *("img", "imgs", "picture", "pictures", "file_name"),
+)
 """Keys of a row, one of which holds its pictures: one, or a list of them."""
 
 TRAINED = ("weight", "train", "trainable", "loss", "loss_mask")
@@ -23,8 +25,10 @@ TRAINED = ("weight", "train", "trainable", "loss", "loss_mask")
 PART_PICTURES = ("image", "url", "path", "base64", "image_url")
 """Keys of a picture among a content's parts, one of which holds it."""
 
-PROVENANCE = ("source", "dataset", "model", "task", "category", "language", "license")
-PROVENANCE += ("width", "height", "meta", "metadata")
+PROVENANCE = (
+    *("source", "dataset", "model", "task", "category", "language", "license"),
+    *("width", "height", "meta", "metadata"),
+)
 """Keys that say where a row or turn comes from; not read."""
 
 FILMS = ("video", "videos", "video_path", "film", "films")
@@ -75,7 +79,11 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     "messages": Format(
         {"messages": "the turns", **_ROW},
-        {"role": "system, user or assistant", "content": "its text, or a list of parts", **_TRAINED},
+        {
+            "role": "system, user or assistant",
+            "content": "its text, or a list of parts",
+            **_TRAINED,
+        },
         _PART,
     ),
     "llava": Format(
@@ -102,6 +110,17 @@ URL = {"url": "the picture's address", "detail": _PART["detail"]}
 
 ROW_KEYS = frozenset(key for known in FORMATS.values() for key in known.row)
 """The keys of a row that some format reads."""
+
+
+def tables() -> str:
+    """The tables as docs/data.md shows them."""
+    lines = ["| format | where | keys | what they say |", "|---|---|---|---|"]
+    for name, known in FORMATS.items():
+        for where, table in vars(known).items():
+            for meaning in dict.fromkeys(table.values()):
+                keys = ", ".join(f"`{key}`" for key, said in table.items() if said == meaning)
+                lines.append(f"| {name} | {where} | {keys} | {meaning} |")
+    return "\n".join(lines)
 
 
 def is_empty(value: Any) -> bool:

@@ -215,7 +215,9 @@ def open_tokenizer(model: str | Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(model)
     except Exception as error:  # of the tokenizers library: a plain Exception
-        raise ConfigError(f"{file} is no tokenizer that can be read ({error}); bring it again") from error
+        raise ConfigError(
+            f"{file} is no tokenizer that can be read ({error}); bring it again"
+        ) from error
 
 
 def model_file(model: str, name: str) -> Path:

@@ -73,9 +73,7 @@ def image_tags(text: str) -> list[int]:
         raise SampleError("image tag has too many digits: number the images 1, 2, ...") from error
 
 
-def settle_tags(
-    texts: Sequence[str], first: int = 1, as_text: Collection[str] = ()
-) -> list[str]:
+def settle_tags(texts: Sequence[str], first: int = 1, as_text: Collection[str] = ()) -> list[str]:
     """Number the plain tags of a chat: the k-th <image> of all its texts is <|image_k|>.
 
     first    number of the first
@@ -90,7 +88,9 @@ def settle_tags(
         return list(texts)
     if PLAIN_TAG not in as_text and any(PLAIN_TAG in text for text in texts):
         if any(IMAGE_TAG.search(text) for text in texts):
-            raise SampleError(f"image tags are of two kinds: {PLAIN_TAG} and <|image_1|> in one row")
+            raise SampleError(
+                f"image tags are of two kinds: {PLAIN_TAG} and <|image_1|> in one row"
+            )
         numbers = count(first)
         texts = [_numbered(text, numbers) for text in texts]
     for position, text in enumerate(texts):

@@ -226,8 +226,8 @@ def test_more_rejected_rows_than_allowed_stop_with_nothing_published(
     listed = folder / ".out.partial/rejected.jsonl"
     assert str(caught.value) == (
         f"3 of 10 rows of {path} cannot be used, max_rejected allows a share of 0.29: 2 x image "
-        f"does not exist; 1 x an answer is empty; first: row 8, line 8 of {path}, image does not exist: "
-        f"{folder}/gone.png; mend the rows that {listed} lists, or raise max_rejected"
+        f"does not exist; 1 x an answer is empty; first: row 8, line 8 of {path}, image does not "
+        f"exist: {folder}/gone.png; mend the rows that {listed} lists, or raise max_rejected"
     )
     assert len(listed.read_text().splitlines()) == 3
     assert not (folder / "out").exists()

@@ -233,7 +233,8 @@ def test_a_zoo_above_max_rejected_stops_with_one_line(zoo: Zoo) -> None:
     assert code == 2 and len(said) == 1, err
     line = re.compile(
         r"ConfigError: (\d+) of 10000 rows of .* cannot be used, max_rejected allows a share of "
-        r"0\.05: \d+ x .*; first: row [\d,]+.*; mend the rows that (.*) lists, or raise max_rejected"
+        r"0\.05: \d+ x .*; first: row [\d,]+.*; mend the rows that (.*) lists, or raise "
+        r"max_rejected"
     ).fullmatch(said[0])
     assert line is not None, err
     assert line[2] == str(listed)
