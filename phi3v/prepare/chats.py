@@ -155,6 +155,8 @@ class _Turns:
 
     def _is_trained(self, turn: Mapping[str, Any], role: str) -> bool | None:
         """What a turn says of its training; None if it says nothing."""
+        if turn.keys().isdisjoint(TRAINED):
+            return None
         said = {key: turn[key] for key in TRAINED if not is_empty(turn.get(key))}
         said = {key: value for key, value in said.items() if key not in self.ignored}
         if not said:

@@ -20,7 +20,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
-from phi3v.files import replacing, write_json
+from phi3v.files import disguise, replacing, write_json
 from phi3v.prepare.places import local_path
 from phi3v.prepare.tables import FEW, TableRows, open_streams
 
@@ -111,6 +111,8 @@ def _told(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # OSError, ValueError, and those of datasets, httpx and readers
+        if found := _disguised(local_path(path)):
+            raise ConfigError(f"source.path {path}: {found}") from error
         reason = " ".join(str(error).split())[:LONG] or type(error).__name__
         if local_path(path).exists():
             problem = f"cannot be read by datasets: {reason}; check source.split, or name a file"
@@ -120,6 +122,12 @@ def _told(path: str) -> Iterator[None]:
                 "or the dataset's name, config, split and revision"
             )
         raise ConfigError(f"source.path {path} {problem}") from error
+
+
+def _disguised(folder: Path) -> str | None:
+    """A file of a folder that is not what its name says, and what it is."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return next((f"{file} is {cause}" for file in files if (cause := disguise(file))), None)
 
 
 def spool(dataset: datasets.IterableDataset, folder: Path, section: SourceSection) -> list[Path]:

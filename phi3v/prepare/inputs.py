@@ -108,6 +108,8 @@ def image_root(section: SourceSection) -> Path:
 
 
 def _conversation(row: Row, section: SourceSection) -> Conversation | SampleError:
+    if row.is_left_out:
+        return SampleError("left out")  # so that none of its pictures is fetched
     try:
         return read_conversation(row, section)
     except SampleError as error:

@@ -22,7 +22,8 @@ def join_scans(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> list[Shard]:
 
     Shards that were written after an earlier scan stay if nothing about them has changed.
     """
-    table = pa.concat_tables([read_table(work.scan(chunk)) for chunk in plan.chunks])
+    tables = [read_table(work.scan(chunk)) for chunk in plan.chunks]
+    table = pa.concat_tables(tables, promote_options="default")
     take = _numbers(table, "take")
     usable = np.flatnonzero(take)
     parts = table.select(["key", "stratum", "digests", "hashes"]).take(usable)

@@ -144,5 +144,6 @@ def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
             if column and number >= cfg.first_held_out:
                 continue  # all of its rows are held out, whatever they are split by
             check_columns(section, column, columns)
-        check_hits(section, columns, source.read(0, source.num_rows))
+        rows = source.read(0, source.num_rows)
+        check_hits(section, columns, (row for row in rows if not row.fault and not row.is_left_out))
     return source

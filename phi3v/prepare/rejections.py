@@ -14,6 +14,7 @@ from phi3v.files import replacing
 from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, read_table
 
 SHOWN_REASONS = 3
+NAMED = ("id", "reason", "line")  # columns of a scan; one begun before there were lines has none
 
 
 @dataclass(frozen=True, order=True)
@@ -32,7 +33,8 @@ class Rejection:
 def in_scan(plan: Plan, work: WorkFolder, chunks: Sequence[Chunk]) -> Iterator[Rejection]:
     """What the scan has rejected of these chunks."""
     for chunk in chunks:
-        table = read_table(work.scan(chunk)).select(["id", "reason", "line"])
+        table = read_table(work.scan(chunk))
+        table = table.select([name for name in NAMED if name in table.column_names])
         if table["reason"].null_count == len(table):
             continue
         first = plan.first_rows[chunk.source] + chunk.start

@@ -6,6 +6,7 @@ from typing import Any
 
 from phi3v.data.audit import SUSPICIONS
 from phi3v.data.format import REJECTED
+from phi3v.prepare.templates import FIELD
 
 
 def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -59,6 +60,10 @@ def _likeness(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _policy(manifest: Mapping[str, Any]) -> Iterator[str]:
+    source = manifest["recipe"]["source"]
+    for section in source if isinstance(source, list) else [source]:
+        if section["assistant"] and not FIELD.search(section["assistant"]):
+            yield f"every answer is {section['assistant']!r}: source.assistant names no column"
     if manifest["left_out"]:
         yield f"{manifest['left_out']:,} of {manifest['rows']:,} rows left out by weights"
     if manifest["recipe"]["never_upscale"]:

@@ -106,7 +106,8 @@ def refusing(name: str, kind: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise ConfigError(
-            f"source.path {name} cannot be read as {kind}: {error}; write it again"
+            f"source.path {name} cannot be read as {kind}: {error}; half a download, "
+            "perhaps: bring or write it again"
         ) from error
 
 

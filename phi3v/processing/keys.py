@@ -160,8 +160,8 @@ def pictures_of(values: Mapping[str, Any], ignored: Collection[str]) -> tuple[st
 
     Raises: SampleError if several do.
     """
-    given = [key for key in PICTURES if key in values and key not in ignored]
-    given = [key for key in given if not is_empty(values[key])]
+    given = [key for key in PICTURES if key in values and not is_empty(values[key])]
+    given = [key for key in given if key not in ignored]
     if len(given) > 1:
         raise SampleError(
             f"a row has its pictures twice: {' and '.join(map(repr, given))}; leave one, or name "

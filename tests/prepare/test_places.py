@@ -137,3 +137,13 @@ def test_a_picture_that_is_a_pointer_says_so(tmp_path: Path, tiny_model: Path) -
     said = "image cannot be read: a.png, it is a pointer of git-lfs, not the file itself; bring"
     with pytest.raises(ConfigError, match=said):
         prepare(recipe(tiny_model, tmp_path / "out", source))
+
+
+def test_a_file_of_a_folder_that_is_a_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/train.parquet").write_text(POINTER)
+    with pytest.raises(ConfigError) as caught:
+        open_source(SourceSection(path=str(tmp_path / "rows")), tmp_path)
+    assert str(caught.value).startswith(
+        f"source.path {tmp_path}/rows: {tmp_path}/rows/train.parquet is a pointer of git-lfs, not"
+    )

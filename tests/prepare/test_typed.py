@@ -58,8 +58,12 @@ def test_numbers_in_structs_and_lists_of_any_kind_are_short() -> None:
         whole=pa.array([0.1, 19.989999771118164]),
     )
     assert first == {
-        **{"struct": short, "many": [short], "large": [0.1], "fixed": [0.1, 0.2]},
-        **{"mapped": [("k", 0.1)], "whole": 0.1},
+        "struct": short,
+        "many": [short],
+        "large": [0.1],
+        "fixed": [0.1, 0.2],
+        "mapped": [("k", 0.1)],
+        "whole": 0.1,
     }
     assert second["struct"] is None and second["large"] == []
     assert second["whole"] == 19.989999771118164
