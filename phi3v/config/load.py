@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -219,7 +221,7 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
         other, *sections = options
         return _cast(value, sections[0] if isinstance(value, dict) else other, key, origin)
     if NoneType in options:
-        inner: Any = Union[tuple(option for option in options if option is not NoneType)]
+        inner = reduce(or_, (option for option in options if option is not NoneType))
         return None if value is None else _cast(value, inner, key, origin)
     if get_origin(kind) is Literal:
         return _cast_choice(value, options, key, origin)

@@ -74,8 +74,9 @@ class TableRows:
         while start < stop:
             with refusing(self.name, self.kind):
                 first, batch = self._batch_of(start)
+                typed = self._typed(batch.schema)
             few = batch.slice(start - first, min(FEW, stop - start))
-            yield from _plain_rows(start, few, self._typed(batch.schema))
+            yield from _plain_rows(start, few, typed)
             start += few.num_rows
 
     def _typed(self, schema: pa.Schema) -> Typed:

@@ -189,12 +189,13 @@ PEOPLE = ("red",) * 4 + ("dark red",) * 3 + ("2",) * 2 + ("don't know",)
         ("1,000", ("1000",) * 10, 1.0),
         ("1.5", ("1.5",) * 10, 1.0),
         ("1.5", ("15",) * 10, 0.0),
-        ("red", ("red",) * 3, None),
+        ("red", ("red", "blue"), 1.0),
+        ("green", ("red", "blue"), 0.0),
     ],
 )
 def test_vqa_accuracy_asks_whether_three_of_the_others_said_it(prediction, answers, expected):
     found = value("vqa_accuracy", Answer("a", "red", prediction, answers))
-    assert found == (None if expected is None else pytest.approx(expected))
+    assert found == pytest.approx(expected)
 
 
 def test_a_reference_with_a_decimal_comma_is_told_so() -> None:

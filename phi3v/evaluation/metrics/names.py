@@ -44,8 +44,8 @@ WHOLE: Mapping[str, Kind] = {
         "rows whose number is within 5% of the right one, or whose text is right but for case"
     ),
     "vqa_accuracy": Kind(
-        "mean VQA accuracy: 1 for what three others of ten people said too; of rows with four "
-        "accepted answers or more"
+        "mean VQA accuracy: 1 for what three others of ten people said too, or of "
+        "fewer than four accepted answers any"
     ),
     "rouge_l": Kind("mean F1 of the words shared in order with the best accepted answer"),
     "bleu": Kind(

@@ -34,16 +34,16 @@ _NUMBER_COMMA = re.compile(r"\d,\d")
 _LOOSE_PERIOD = re.compile(r"\.(?!\d)")
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float | None:
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Return the VQA accuracy of an answer, 0 to 1, by all people's answers, repeated ones too.
 
-    None for fewer than four answers: of these nothing could be fully right.
+    Of fewer than four answers none could be fully right: there 1 for any of them.
     """
-    if len(answers) <= FULL:
-        return None
     said = normalise(prediction)
     matches = [normalise(answer) == said for answer in answers]
     total = sum(matches)
+    if len(answers) <= FULL:
+        return float(total > 0)
     return sum(min(1.0, (total - match) / FULL) for match in matches) / len(matches)
 
 
