@@ -3,7 +3,8 @@
     asker = Asker(generator, processor, system="Answer in one word.")
     asker.ask("Which colour?", [Path("bag.jpg")], show=print)
 
-Pictures stand before the text unless its tags <|image_1|>, <|image_2|>, ... place them.
+Pictures stand before the text unless its tags <|image_1|>, <|image_2|>, ... place them, or <image>,
+the k-th of which is the k-th picture.
 """
 
 import os
@@ -18,7 +19,7 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.models import open_model
 from phi3v.processing import Phi3VProcessor
-from phi3v.processing.prompt import Message, encode_messages, image_tags
+from phi3v.processing.prompt import Message, encode_messages, image_tags, settle_tags
 from phi3v.sample import Canvas
 
 Show = Callable[[str], None]
@@ -89,7 +90,11 @@ def encode_prompt(
 
 
 def user_turn(text: str, num_pictures: int, first: int = 1) -> Message:
-    """What a user says, with the tags of the pictures from `first` on unless the text has tags."""
+    """What a user says, with the tags of the pictures from `first` on unless the text has tags.
+
+    Raises: SampleError if it has a tag that no picture answers to, such as <video>.
+    """
+    (text,) = settle_tags([text], first)
     if not image_tags(text):
         text = "".join(f"<|image_{first + n}|>\n" for n in range(num_pictures)) + text
     return Message(role="user", content=text)

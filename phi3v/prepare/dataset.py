@@ -79,7 +79,7 @@ def prepare(cfg: DatasetConfig, say: Say = print) -> dict[str, Any]:
         if different:
             start_afresh(recipe, work)
             say(f"{work.path} held work on another recipe ({', '.join(different)}): started afresh")
-        plan = make_plan(cfg, recipe, work)
+        plan = make_plan(cfg, recipe, work, say)
         if _scan_is_due(plan, work):
             _scan(cfg, plan, work, Part())
             join_scans(cfg, plan, work)
@@ -96,7 +96,7 @@ def prepare_part(cfg: DatasetConfig, part: Part, say: Say = print) -> None:
         say(f"{cfg.out} is up to date")
         return
     with _work_folder(cfg, is_shared=True) as work:
-        plan = make_plan(cfg, _same_recipe(cfg, work), work)
+        plan = make_plan(cfg, _same_recipe(cfg, work), work, say)
         name, do = ("scan", _scan) if _scan_is_due(plan, work) else ("write", _write)
         do(cfg, plan, work, part)
         say(f"{name}: part {part.number} of {part.count} is done; after the last part: --merge")

@@ -28,7 +28,9 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from phi3v.errors import SampleError
+from phi3v.files import HEAD, disguise_of
 from phi3v.prepare.fetch import ImageCache
+from phi3v.prepare.places import find_file, local_path, nearby
 from phi3v.prepare.web import has_image_signature, shown_url
 
 # Not EPS (starts Ghostscript), not WMF or FITS, none without a signature of its own (TGA, SPIDER).
@@ -142,16 +144,19 @@ class ImageLoader:
         if scheme := SCHEME.match(text):
             if scheme[0].lower() == "data:":
                 return _data_url(text)
+            if scheme[0].lower() == "file://":
+                return self._read(str(local_path(text)))
             raise SampleError(
                 f"image is at an address of another kind than http(s): {_shortened(text)}; bring "
                 "the file and name its path"
             )
-        path = os.path.join(self.root, text)
-        if os.path.isfile(path):  # False for a text of any kind, where Path.is_file raises
+        if path := find_file(self.root, text):
             return _file(path, text)
         data = _base64(text)
         if data is None or not has_image_signature(data):
-            raise SampleError(f"image does not exist: {self.root / _shortened(text)}")
+            close = nearby(self.root / text) if len(text) < LONG else None
+            there = f"; there is {close}" if close else ""
+            raise SampleError(f"image does not exist: {self.root / _shortened(text)}{there}")
         return data
 
     def _fetched(self, url: str) -> bytes:
@@ -247,7 +252,11 @@ def _file(path: str, name: str) -> bytes:
     try:
         with open(path, "rb") as file:
             head = file.read(SIGNATURE_BYTES)  # not the 200 GB of an archive
-            return head + file.read() if has_image_signature(head) else head
+            if has_image_signature(head):
+                return head + file.read()
+            if cause := disguise_of(head + file.read(HEAD)):
+                raise SampleError(f"image cannot be read: {name}, it is {cause}")
+            return head
     except OSError as error:
         raise SampleError(f"image cannot be read: {name}, {error.strerror}") from error
 

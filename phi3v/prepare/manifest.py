@@ -75,7 +75,7 @@ def clear(work: WorkFolder, manifest: dict[str, Any]) -> None:
 
 
 def _splits(cfg: DatasetConfig) -> list[str]:
-    return ["train", "validation"] if cfg.split.validation else ["train"]
+    return ["train", "validation"] if cfg.split.holds_out else ["train"]
 
 
 def _finish_split(work: WorkFolder, split: str, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _refuse_empty(
     raise ConfigError(
         f"source.path {paths} gave no training sample: of {plan.rows} rows {held_out} are "
         f"held out and {num_rejected} rejected; give more rows, or lower "
-        f"split.validation {cfg.split.validation}"
+        f"split.validation {cfg.split.share}"
     )
 
 

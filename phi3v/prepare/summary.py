@@ -6,6 +6,7 @@ from typing import Any
 
 from phi3v.data.audit import SUSPICIONS
 from phi3v.data.format import REJECTED
+from phi3v.prepare.templates import FIELD
 
 
 def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -41,9 +42,16 @@ def _likeness(manifest: Mapping[str, Any]) -> Iterator[str]:
             f"{found['rows_joined']:,} rows share an image or one that looks alike with another "
             f"row, {found['rows_moved']:,} of them changed sides to stay together"
         )
+    if across := found.get("rows_across"):
+        yield (
+            f"{across:,} training rows show a picture that a held-out row shows too, or one that "
+            "looks alike: scores on the held-out rows are better than they should be; take these "
+            "rows out of one of the two"
+        )
     samples = sum(entry["samples"] for entry in manifest["splits"].values())
     held_out = manifest["splits"].get("validation", {"samples": 0})["samples"]
-    if split["validation"] and held_out < split["validation"] * samples / 2:
+    is_share = isinstance(split["validation"], float)
+    if is_share and held_out < split["validation"] * samples / 2:
         yield (
             f"only {held_out:,} of {samples:,} samples are held out, split.validation asks for a "
             f"share of {split['validation']}; the largest group of rows that stay together has "
@@ -52,6 +60,10 @@ def _likeness(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _policy(manifest: Mapping[str, Any]) -> Iterator[str]:
+    source = manifest["recipe"]["source"]
+    for section in source if isinstance(source, list) else [source]:
+        if section["assistant"] and not FIELD.search(section["assistant"]):
+            yield f"every answer is {section['assistant']!r}: source.assistant names no column"
     if manifest["left_out"]:
         yield f"{manifest['left_out']:,} of {manifest['rows']:,} rows left out by weights"
     if manifest["recipe"]["never_upscale"]:

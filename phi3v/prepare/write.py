@@ -32,10 +32,9 @@ def write_shard(inputs: Inputs, shard: Shard) -> Done:
     audit = Audit(builder.assistant_id, builder.end_id)
     rejected: list[dict[str, Any]] = []
     samples = images = 0
-    for number, row, sample, times in _samples(inputs, shard):
+    for place, sample, times in _samples(inputs, shard):
         if isinstance(sample, SampleError):
-            reason = printable(str(sample))
-            rejected.append({"number": number, "id": row_id(row), "reason": reason})
+            rejected.append(place | {"reason": printable(str(sample))})
             continue
         writer.add(sample, times)
         audit.add(sample.id, sample.input_ids, sample.labels, times)
@@ -50,8 +49,10 @@ def write_shard(inputs: Inputs, shard: Shard) -> Done:
     return Done(samples + len(rejected), images, size, len(rejected))
 
 
-def _samples(inputs: Inputs, shard: Shard) -> Iterator[tuple[int, Row, Sample | SampleError, int]]:
-    """Of each row: its number among all, itself, what it becomes, how often it counts."""
+def _samples(
+    inputs: Inputs, shard: Shard
+) -> Iterator[tuple[dict[str, Any], Sample | SampleError, int]]:
+    """Of each row: its place (number among all, line, id), what it becomes, how often it counts."""
     known = np.load(inputs.work.rows, mmap_mode="r")
     for chunk in inputs.plan.parts(shard.start, shard.stop):
         first = inputs.plan.first_rows[chunk.source]
@@ -61,7 +62,9 @@ def _samples(inputs: Inputs, shard: Shard) -> Iterator[tuple[int, Row, Sample | 
         for row, conversation in inputs.conversations(chunk, times > 0):
             index = row.number - chunk.start
             sample = _build(part, row, conversation, int(rows["tokens"][index]))
-            yield first + row.number, row, sample, int(times[index])
+            place: dict[str, Any] = {"number": first + row.number, "line": row.line}
+            place["id"] = row_id(row, part.section)
+            yield place, sample, int(times[index])
 
 
 def _build(

@@ -27,6 +27,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file
 
 from phi3v.errors import ConfigError
+from phi3v.files import disguise
 from phi3v.geometry import Layout, grid_of, hd_layout, image_tokens
 from phi3v.processing.images import hd_canvas, pixel_values
 from phi3v.processing.prompt import encode
@@ -80,11 +81,13 @@ class Phi3VProcessor(ProcessorMixin):
         Raises: ConfigError if a file is missing.
         """
         path = str(pretrained_model_name_or_path)
+        if Path(path).is_dir():  # what the libraries read besides
+            for file in Path(path).glob("*.json"):
+                check_content(file)
         settings = _read_json(path, "preprocessor_config.json")
         vision = _read_json(path, "config.json").get("vision_config", {})
-        model_file(path, "tokenizer.json")
         return cls(
-            PreTrainedTokenizerFast.from_pretrained(path),
+            open_tokenizer(path),
             num_crops or settings["num_crops"],
             settings["image_mean"],
             settings["image_std"],
@@ -203,10 +206,24 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return BatchFeature(self.processor.image_inputs(pictures))
 
 
+def open_tokenizer(model: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder or hub model.
+
+    Raises: ConfigError if its file is missing or is no tokenizer.
+    """
+    file = model_file(str(model), "tokenizer.json")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(model)
+    except Exception as error:  # of the tokenizers library: a plain Exception
+        raise ConfigError(
+            f"{file} is no tokenizer that can be read ({error}); bring it again"
+        ) from error
+
+
 def model_file(model: str, name: str) -> Path:
     """A file of a model folder or of a hub model.
 
-    Raises: ConfigError if it is missing, or there is no such model.
+    Raises: ConfigError if it is missing or not what its name says, or there is no such model.
     """
     _check_model(str(model))
     try:
@@ -217,7 +234,27 @@ def model_file(model: str, name: str) -> Path:
         raise ConfigError(
             f"model {model} has no {name}; name a model folder such as models/tiny, or a hub model"
         ) from reason
+    check_content(Path(file))
     return Path(file)
+
+
+def check_content(file: Path) -> None:
+    """Refuse a file that is not what its name says, which a library would do by a riddle.
+
+    Raises: ConfigError naming it and the likely cause.
+    """
+    if cause := disguise(file):
+        raise ConfigError(f"{file} is {cause}")
+    if file.suffix != ".json" or file.name == "tokenizer.json":  # see open_tokenizer
+        return
+    try:
+        json.loads(file.read_bytes())
+    except ValueError as error:
+        size = file.stat().st_size
+        raise ConfigError(
+            f"{file} is not valid JSON ({error}), it has {size:,} bytes: half a download, perhaps; "
+            "bring it again"
+        ) from error
 
 
 @cache

@@ -172,3 +172,32 @@ def test_a_weight_is_never_replaced_by_a_random_one(
     kind = "of another shape" if shape else "missing"
     with pytest.raises(CheckpointError, match=f"config.json: 1 {kind}: lm_head.weight"):
         open_model(folder, NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "generation_config.json"]
+)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "is a pointer of git-lfs",
+        ),
+        ("<!doctype html><html>", "is a web page, not the file itself"),
+        ('{"model_type": "phi', "half a download|no tokenizer that can be read"),
+    ],
+)
+def test_a_file_of_a_model_that_is_not_what_its_name_says_is_named(
+    folder: Path, name: str, text: str, said: str
+) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        Phi3VProcessor.from_pretrained(folder)
+    assert str(caught.value).startswith(str(folder / name))
+
+
+def test_weights_that_are_a_pointer_say_so(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a pointer of git-lfs, not"):
+        open_model(folder, max_new_tokens=2)

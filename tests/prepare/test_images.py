@@ -136,7 +136,7 @@ def test_an_absolute_path_starts_at_no_root(tmp_path: Path) -> None:
             "gs://shop/a.png",
             "image is at an address of another kind than http(s): gs://shop/a.png;",
         ),
-        ("file:///a.png", "image is at an address of another kind than http(s): file:///a.png; br"),
+        ("file:///nowhere/a.png", "image does not exist: /nowhere/a.png"),
         ("http://x.org/a.png?k=1", "image is a URL: http://x.org/a.png?...; download it and name"),
         ("data:image/png;base64,iVBO", "image cannot be read: data:image/png;base64,iVBO, cannot"),
         (
