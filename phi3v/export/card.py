@@ -35,7 +35,6 @@ model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
 processor = AutoProcessor.from_pretrained("DIR")
 prompt = "<|user|>\\n<|image_1|>\\nWhat is shown in this image?<|end|>\\n<|assistant|>\\n"
 inputs = processor(prompt, [Image.open("picture.jpg")])
-inputs.pop("num_img_tokens")
 ids = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """

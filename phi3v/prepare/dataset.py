@@ -12,7 +12,7 @@ on the recipe and its inputs alone: not on workers, parts, or kills.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from phi3v.data import Dataset
 from phi3v.data.format import MANIFEST, read_manifest
 from phi3v.errors import ConfigError
 from phi3v.files import publish
+from phi3v.pictures import PUBLISHED
 from phi3v.prepare import rejections
 from phi3v.prepare.inputs import open_inputs
 from phi3v.prepare.joining import join_scans
@@ -149,7 +150,8 @@ def _existing(cfg: DatasetConfig) -> dict[str, Any] | None:
             )
         return None
     manifest = read_manifest(out)
-    if different := differing_keys(manifest["recipe"], resolved_recipe(cfg)):
+    before = {"images": asdict(PUBLISHED), **manifest["recipe"]}  # of before there was a choice
+    if different := differing_keys(before, resolved_recipe(cfg)):
         raise ConfigError(
             f"{cfg.out} was made by another recipe: {', '.join(different)} differ; "
             "name another folder in 'out', or remove this one"

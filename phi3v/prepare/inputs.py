@@ -68,18 +68,16 @@ def open_inputs(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> Inputs:
     parts = []
     for number, (section, state) in enumerate(zip(cfg.sources, plan.states, strict=True)):
         source = open_source(section, work.spool(number), state)
-        loader = ImageLoader(image_root(section), cfg.max_pixels, cache)
+        loader = ImageLoader(image_root(section), cfg.max_pixels, cache, cfg.images)
         builder = SampleBuilder(open_processor(cfg, section), cfg.max_tokens)
         parts.append(Input(section, source, loader, builder))
     return Inputs(cfg, plan, work, tuple(parts))
 
 
 def open_processor(cfg: DatasetConfig, section: SourceSection) -> Phi3VProcessor:
-    """The model's processor with the recipe's resolution policy, and the source's."""
+    """The model's processor with the recipe's settings of pictures, and the source's."""
     num_crops = section.num_crops or cfg.num_crops
-    return Phi3VProcessor.from_pretrained(
-        cfg.model, num_crops=num_crops, never_upscale=cfg.never_upscale
-    )
+    return Phi3VProcessor.from_pretrained(cfg.model, num_crops, cfg.never_upscale, cfg.images)
 
 
 def fetch_folder(cfg: DatasetConfig) -> Path:

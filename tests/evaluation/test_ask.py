@@ -34,7 +34,6 @@ def by_hand(model: Path, text: str, pictures: list[Path]) -> str:
     processor = Phi3VProcessor.from_pretrained(model)
     images = [Image.open(path) for path in pictures]
     inputs = processor(f"<|user|>\n{text}<|end|>\n<|assistant|>\n", images or None)
-    inputs.pop("num_img_tokens", None)
     stops = processor.tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
     ids = Phi3VForCausalLM.from_pretrained(model).generate(
         **inputs,
