@@ -18,6 +18,7 @@ from phi3v.evaluation.metrics.names import BLIND
 from phi3v.export.opening import read_run
 from phi3v.export.originals import find_base
 from phi3v.files import write_text
+from phi3v.pictures import PictureSettings
 from phi3v.training.run_folder import DATA, ENVIRONMENT, RunFolder
 
 OF_WHOLE = ("library_name", "pipeline_tag")  # keys that do not hold for the text half
@@ -63,7 +64,7 @@ def write_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
         f"Phi-3-Vision, fine-tuned in all its parameters from {_base_name(cfg.model.path)}.",
         f"## Loading\n\n```python\n{PYTHON}```\n\n{_serving(config)}",
         _evaluation(folder, manifest["step"]),
-        _data(cfg, folder, manifest),
+        _data(cfg, folder, manifest, _pictures(out)),
         _making(folder, manifest),
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(shareable(cfg), sort_keys=False, width=90)}```",
     ]
@@ -157,7 +158,14 @@ def _show(name: str, score: Mapping[str, Any] | None) -> str:
     return f"{value} [{interval[0]}, {interval[1]}]"
 
 
-def _data(cfg: RunConfig, folder: RunFolder, manifest: Mapping[str, Any]) -> str:
+def _pictures(out: Path) -> PictureSettings:
+    path = out / "preprocessor_config.json"
+    return PictureSettings.from_preprocessor(_read(path), path.name)
+
+
+def _data(
+    cfg: RunConfig, folder: RunFolder, manifest: Mapping[str, Any], pictures: PictureSettings
+) -> str:
     data = _read(folder.path / DATA)
     parts = ", ".join(
         f"`{Path(part.path).name}` (weight {part.weight:g})" for part in cfg.data.parts

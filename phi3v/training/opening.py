@@ -20,6 +20,7 @@ from phi3v.evaluation.models import check_model
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.execution import Execution, choose_execution
 from phi3v.model.weights import WeightFiles, load_weights
+from phi3v.pictures import prepared
 from phi3v.training import zero
 from phi3v.training.metering import sample_costs
 from phi3v.training.optimizer import freeze
@@ -116,11 +117,19 @@ def dtype_of(ds: DeepSpeedConfig) -> torch.dtype:
 
 
 def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
-    """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe)."""
+    """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe).
+
+    `pictures` is how they became canvases, for all that ask the model later (`phi3v.pictures`).
+    """
     return {
         "shards": ", ".join(str(part.folder) for part in dataset.datasets),
         "fingerprint": dataset.fingerprint,
         **{name: dataset.entry[name] for name in SIZES},
+        "pictures": [
+            entry.to_dict()
+            for part in dataset.datasets
+            for entry in prepared(str(part.folder), part.split, part.manifest)
+        ],
         "datasets": [_describe_folder(part) for part in dataset.datasets],
     }
 
