@@ -66,6 +66,7 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
             f"{', '.join(cfg.data.folders)} has no rows in split 'train', so there is nothing to "
             "train on; prepare it with a smaller split.validation, or from more rows"
         )
+    folder.check_data(dataset.fingerprint)
     for part in dataset.datasets:
         check_model(part, cfg.model.path)
     if cfg.eval.rows:
