@@ -21,7 +21,7 @@ def main() -> None:
     from phi3v.evaluation.held_out import open_held_out
     from phi3v.evaluation.models import check_model
     from phi3v.evaluation.table import all_tables
-    from phi3v.export import base_of, evaluation_settings, open_any
+    from phi3v.export import base_of, compare_pictures, evaluation_settings, open_any
     from phi3v.training.checkpoints.store import find_step
 
     models, folders = arguments.models, [arguments.shards]
@@ -31,6 +31,7 @@ def main() -> None:
     for dataset in open_held_out(folders, settings).datasets:
         for model in models:
             check_model(dataset, base_of(model))
+            compare_pictures(model, dataset)
     for run in runs:
         find_step(Path(run, "checkpoints"), None)
     found, place = {}, f" (time limit of {limit_owner(runs, arguments.overrides)})"

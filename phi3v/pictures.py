@@ -84,7 +84,9 @@ class Prepared:
 
         Raises: ConfigError as `PictureSettings.from_dict`.
         """
-        own = {name: v for name, v in values.items() if name not in ("dataset", "source", "samples")}
+        own = {
+            name: v for name, v in values.items() if name not in ("dataset", "source", "samples")
+        }
         settings = PictureSettings.from_dict(own, place)
         return cls(values["dataset"], values["source"], values["samples"], settings)
 

@@ -3,6 +3,7 @@
 from phi3v.export.folder import export
 from phi3v.export.opening import (
     base_of,
+    compare_pictures,
     evaluation_settings,
     open_any,
     open_processor,
@@ -12,6 +13,7 @@ from phi3v.export.opening import (
 
 __all__ = [
     "base_of",
+    "compare_pictures",
     "evaluation_settings",
     "export",
     "open_any",

@@ -10,11 +10,13 @@ import yaml
 
 from phi3v.config import EvaluationConfig, RunConfig, build_recipe, to_dict
 from phi3v.config.running import EvalSection
+from phi3v.data import Dataset
 from phi3v.data.format import MANIFEST, read_manifest
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.models import as_generator, open_model
 from phi3v.export.originals import is_text_half
+from phi3v.export.target import ORIGIN
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.weights import load_weights
 from phi3v.pictures import PictureSettings, Prepared, choose, prepared
@@ -108,6 +110,26 @@ def open_processor(model: str) -> Phi3VProcessor:
     return Phi3VProcessor.from_pretrained(
         base, settings.num_crops, settings.never_upscale, settings.images
     )
+
+
+def compare_pictures(model: str, dataset: Dataset) -> None:
+    """Say on stderr if a dataset holds pictures in another way than a model was trained with.
+
+    Of a folder that is no export nobody knows it.
+    """
+    if _is_run(Path(model)):
+        trained = picture_settings(Path(model))
+    elif (Path(model) / ORIGIN).is_file():
+        trained = Phi3VProcessor.from_pretrained(model).pictures
+    else:
+        return
+    held, _ = choose(prepared(str(dataset.folder), dataset.split, dataset.manifest))
+    if trained not in (None, held):
+        print(
+            f"{model} was trained on pictures with {trained}, {dataset.folder} holds them with "
+            f"{held}: it is asked about those",
+            file=sys.stderr,
+        )
 
 
 def open_any(model: str, settings: EvalSection) -> Generator:

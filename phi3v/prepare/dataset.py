@@ -150,9 +150,11 @@ def _existing(cfg: DatasetConfig) -> dict[str, Any] | None:
         return None
     manifest = read_manifest(out)
     if different := differing(manifest["recipe"], resolved_recipe(cfg)):
+        is_old = "images" not in manifest["recipe"] and "images.alpha" in different
+        old = ", or write images: {alpha: published, exif: published}, as it was made"
         raise ConfigError(
             f"{cfg.out} was made by another recipe: {', '.join(different)} differ; "
-            "name another folder in 'out', or remove this one"
+            f"name another folder in 'out', or remove this one{old if is_old else ''}"
         )
     for split in manifest["splits"]:
         Dataset(out, split)

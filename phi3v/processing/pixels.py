@@ -145,8 +145,8 @@ def _scaled(image: Image.Image) -> Image.Image:
     largest = int(values.max())
     if image.format not in DECLARED and full == FULL and 0 < largest < LEAST:
         raise SampleError(
-            f"image has 16 bits and only low values: none is above {largest:,}, so it is very dark, "
-            f"or of fewer bits than it says; scale it to 0 ... {FULL:,}, or save it with 8 bits"
+            f"image has 16 bits and only low values: none is above {largest:,}, so it is dark or "
+            f"of fewer bits than it says; scale it to 0 ... {FULL:,}, or save it with 8 bits"
         )
     if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits only
         values = full - values

@@ -42,9 +42,10 @@ TAGS = 1000  # of images that `img_tokens` lists; the published one has a millio
 class Phi3VProcessor(ProcessorMixin):
     """The published processor: HD transform, image placeholders, Llama tokens.
 
-    Its settings come from a model folder: `num_crops`, `image_mean`, `image_std`, and what an export
-    adds to them (`phi3v.pictures`), from preprocessor_config.json; the tower's image and patch size
-    from config.json's `vision_config` (the published model has none there and uses 336 and 14).
+    Its settings come from a model folder: `num_crops`, `image_mean`, `image_std`, and what an
+    export adds to them (`phi3v.pictures`), from preprocessor_config.json; the tower's image and
+    patch size from config.json's `vision_config` (the published model has none there and uses 336
+    and 14).
     """
 
     def __init__(

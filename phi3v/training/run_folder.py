@@ -31,7 +31,16 @@ LOCK_SECONDS = 10.0  # that an owner may take to end
 # A folder that was moved is the same run. The DeepSpeed JSON is compared by what is in it, and so
 # are the shards, by the fingerprint that each checkpoint tells.
 CHANGEABLE = (
-    *("run.out", "deepspeed", "data.shards", "train.max_steps", "eval.", "checkpoint.", "wandb.", "tracking."),
+    *(
+        "run.out",
+        "deepspeed",
+        "data.shards",
+        "train.max_steps",
+        "eval.",
+        "checkpoint.",
+        "wandb.",
+        "tracking.",
+    ),
     *("model.checkpointing", "model.vision_checkpointing", "model.offload_activations"),
     *("train.stop_after", "train.hang_timeout", "faults.", "debug.profile_steps"),
 )
@@ -127,7 +136,9 @@ class RunFolder:
     def _is_same_model(self, before: Mapping[str, Any], cfg: RunConfig) -> bool:
         """Whether the model was only moved, or named in another way; None is no digest of any."""
         path = self.path / ENVIRONMENT
-        known = json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
+        known = (
+            json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
+        )
         known = known or model_digest(before["model"]["path"])  # a run of before told none
         return known is not None and known == model_digest(cfg.model.path)
 

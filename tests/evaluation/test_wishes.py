@@ -9,9 +9,9 @@ import pytest
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.ask import ask
-from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.wishes import Wishes, fulfil
+from phi3v.processing import Phi3VProcessor
 from phi3v.prepare.chats import read_messages
 from tests.tiny import write_jsonl
 
