@@ -27,12 +27,8 @@ def main() -> None:
 
     model = arguments.pop("model")
     wishes = Wishes(**arguments)
-    fulfil(
-        wishes,
-        lambda: open_any(model, wishes.settings),
-        lambda: open_processor(model),
-        read_messages,
-    )
+    settings = wishes.settings
+    fulfil(wishes, lambda: open_any(model, settings), lambda: open_processor(model), read_messages)
 
 
 def parse() -> argparse.Namespace:

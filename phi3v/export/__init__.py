@@ -3,7 +3,7 @@
 from phi3v.export.folder import export
 from phi3v.export.opening import (
     base_of,
-    compare_pictures,
+    check_shards,
     evaluation_settings,
     open_any,
     open_processor,
@@ -13,7 +13,7 @@ from phi3v.export.opening import (
 
 __all__ = [
     "base_of",
-    "compare_pictures",
+    "check_shards",
     "evaluation_settings",
     "export",
     "open_any",

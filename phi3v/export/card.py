@@ -158,14 +158,18 @@ def _show(name: str, score: Mapping[str, Any] | None) -> str:
     return f"{value} [{interval[0]}, {interval[1]}]"
 
 
-def _pictures(out: Path) -> PictureSettings:
+def _pictures(out: Path) -> str:
+    """How pictures are shown, which other programs take only part of."""
     path = out / "preprocessor_config.json"
-    return PictureSettings.from_preprocessor(_read(path), path.name)
+    if not path.is_file():
+        return ""
+    settings = PictureSettings.from_preprocessor(_read(path), path.name)
+    return (
+        f"Pictures: {settings} (preprocessor_config.json; other programs read num_crops alone).\n"
+    )
 
 
-def _data(
-    cfg: RunConfig, folder: RunFolder, manifest: Mapping[str, Any], pictures: PictureSettings
-) -> str:
+def _data(cfg: RunConfig, folder: RunFolder, manifest: Mapping[str, Any], pictures: str) -> str:
     data = _read(folder.path / DATA)
     parts = ", ".join(
         f"`{Path(part.path).name}` (weight {part.weight:g})" for part in cfg.data.parts
@@ -174,7 +178,7 @@ def _data(
     rows = [f"| {name.replace('_', ' ')} | {data[name]:,} |" for name in counts if name in data]
     fingerprint = manifest["fingerprints"]["data"]
     return (
-        f"## Data\n\nDatasets: {parts}.\nFingerprint: `{fingerprint}`.\n\n"
+        f"## Data\n\nDatasets: {parts}.\nFingerprint: `{fingerprint}`.\n{pictures}\n"
         "| training split | |\n|---|---|\n" + "\n".join(rows)
     )
 

@@ -14,7 +14,7 @@ from phi3v.data import Dataset
 from phi3v.data.format import MANIFEST, read_manifest
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator
-from phi3v.evaluation.models import as_generator, open_model
+from phi3v.evaluation.models import as_generator, check_model, open_model
 from phi3v.export.originals import is_text_half
 from phi3v.export.target import ORIGIN
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
@@ -112,11 +112,14 @@ def open_processor(model: str) -> Phi3VProcessor:
     )
 
 
-def compare_pictures(model: str, dataset: Dataset) -> None:
-    """Say on stderr if a dataset holds pictures in another way than a model was trained with.
+def check_shards(model: str, dataset: Dataset) -> None:
+    """Refuse shards that were prepared for another model, and compare how they hold pictures.
 
-    Of a folder that is no export nobody knows it.
+    Says on stderr if a run or an export was trained on pictures that were prepared in another way;
+    of any other folder nobody knows it.
+    Raises: ConfigError as `check_model`.
     """
+    check_model(dataset, base_of(model))
     if _is_run(Path(model)):
         trained = picture_settings(Path(model))
     elif (Path(model) / ORIGIN).is_file():

@@ -73,7 +73,8 @@ class Picture:
         Raises: SampleError if it is damaged, or its pixels have no agreed meaning.
         """
         with _pillow(self.name, self.data), _open(self.data) as image:
-            pixels = to_rgb(image, self.rules)
+            with _named(self.name):
+                pixels = to_rgb(image, self.rules)
         found = pixels.image
         if found.size != (self.width, self.height):
             raise SampleError(
@@ -93,7 +94,8 @@ class Picture:
         with _pillow(self.name, self.data), _open(self.data) as image:
             drafted = image.draft("L", (side, side))
             box = drafted[1] if drafted else None  # of the smaller picture, without padding
-            gray = flatten(image, self.rules).image.convert("L")
+            with _named(self.name):
+                gray = flatten(image, self.rules).image.convert("L")
             small = gray.resize((side, side), Image.Resampling.BILINEAR, box)
             turn = orientation(image) if self.rules.exif == "apply" else 1
             return np.asarray(turned(small, turn))
@@ -185,7 +187,7 @@ class ImageLoader:
         name = f"a decoded image of {image.width}x{image.height} pixels"
         _check_size(image.width, image.height, name, self.max_pixels)
         buffer = BytesIO()
-        with _pillow(name):
+        with _pillow(name), _named(name):
             pixels = to_rgb(image, self.rules)
             pixels.image.save(buffer, "BMP")
         width, height = pixels.image.size
@@ -218,14 +220,23 @@ def _pillow(name: str, data: bytes = b"") -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except SampleError as error:  # of phi3v.processing.pixels
-            raise SampleError(f"{error} ({name})") from error
+        except SampleError:
+            raise
         except UnidentifiedImageError as error:  # its text holds an address in memory
             what = f"cannot identify image file, it starts with {data[:16]!r}"
             raise SampleError(f"image cannot be read: {name}, {what}") from error
         except Exception as error:  # seen: OSError, SyntaxError, ValueError, RuntimeError, KeyError
             what = str(error) or type(error).__name__
             raise SampleError(f"image cannot be read: {name}, {what}") from error
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which picture it is whose pixels have no agreed meaning."""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(f"{error} ({name})") from error
 
 
 @contextmanager

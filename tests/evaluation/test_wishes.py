@@ -11,8 +11,8 @@ from phi3v.errors import ConfigError
 from phi3v.evaluation.ask import ask
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.wishes import Wishes, fulfil
-from phi3v.processing import Phi3VProcessor
 from phi3v.prepare.chats import read_messages
+from phi3v.processing import Phi3VProcessor
 from tests.tiny import write_jsonl
 
 A, B = Path("a"), Path("b")

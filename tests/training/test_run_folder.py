@@ -178,7 +178,7 @@ def test_the_origin_says_what_the_run_is_made_of(folder: RunFolder) -> None:
     assert read("deepspeed.json") == deepspeed().json
     assert read("data.json") == {"fingerprint": "abc"}
     environment = read("environment.json")
-    assert environment == {**describe_environment(world_size=2), "execution": None}
+    assert environment == {**describe_environment(world_size=2), "execution": None, "model": None}
     assert environment["ranks"] == 2
     assert environment["host"] == socket.gethostname()
     assert environment["versions"].keys() >= {"torch", "deepspeed", "transformers"}
