@@ -3,15 +3,18 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from phi3v.config.dataset import ImagesSection
 from phi3v.errors import CheckpointError, ConfigError, SampleError
-from phi3v.evaluation.ask import ask, make_prompt, open_shown
+from phi3v.evaluation.ask import ask, make_prompt, open_picture, open_shown
 from phi3v.evaluation.models import open_model
 from phi3v.model import Phi3VForCausalLM
+from phi3v.pictures import PUBLISHED
 from phi3v.processing import Phi3VProcessor
 
 NEW_TOKENS = 16
@@ -171,3 +174,21 @@ def test_a_weight_is_never_replaced_by_a_random_one(
     kind = "of another shape" if shape else "missing"
     with pytest.raises(CheckpointError, match=f"config.json: 1 {kind}: lm_head.weight"):
         open_model(folder, NEW_TOKENS)
+
+
+def test_a_picture_is_opened_by_the_one_rule_of_pixels(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = Image.new("RGBA", (9, 5), (10, 20, 30, 0))
+    clear.save(tmp_path / "clear.png", exif=exif)
+    shown = open_picture(tmp_path / "clear.png", ImagesSection())
+    assert (shown.mode, shown.size, shown.getpixel((0, 0))) == ("RGB", (5, 9), (255, 255, 255))
+    published = open_picture(tmp_path / "clear.png", PUBLISHED)
+    assert (published.size, published.getpixel((0, 0))) == ((9, 5), (10, 20, 30))
+
+
+def test_a_picture_without_an_agreed_range_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.array([[0.0, 1.0]], np.float32)).save(path)
+    with pytest.raises(ConfigError, match=f"--image {path}: image has pixels without an agreed"):
+        open_shown(path)
