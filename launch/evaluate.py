@@ -19,9 +19,8 @@ def main() -> None:
     from phi3v.evaluation.comparison import check_request, compare_models, write_comparison
     from phi3v.evaluation.evaluate import evaluate, limit_owner
     from phi3v.evaluation.held_out import open_held_out
-    from phi3v.evaluation.models import check_model
     from phi3v.evaluation.table import all_tables
-    from phi3v.export import base_of, evaluation_settings, open_any
+    from phi3v.export import base_of, check_shards, evaluation_settings, open_any
     from phi3v.training.checkpoints.store import find_step
 
     models, folders = arguments.models, [arguments.shards]
@@ -30,7 +29,7 @@ def main() -> None:
     settings = evaluation_settings(Path([*runs, *models][0]), arguments.overrides)
     for dataset in open_held_out(folders, settings).datasets:
         for model in models:
-            check_model(dataset, base_of(model))
+            check_shards(model, dataset)
     for run in runs:
         find_step(Path(run, "checkpoints"), None)
     found, place = {}, f" (time limit of {limit_owner(runs, arguments.overrides)})"

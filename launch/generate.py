@@ -22,12 +22,13 @@ def main() -> None:
     set_environment()
     # DeepSpeed reads its environment when it is imported.
     from phi3v.evaluation.wishes import Wishes, fulfil
-    from phi3v.export import base_of, open_any
+    from phi3v.export import open_any, open_processor
     from phi3v.prepare.chats import read_messages
 
     model = arguments.pop("model")
     wishes = Wishes(**arguments)
-    fulfil(wishes, lambda: open_any(model, wishes.settings), base_of(model), read_messages)
+    settings = wishes.settings
+    fulfil(wishes, lambda: open_any(model, settings), lambda: open_processor(model), read_messages)
 
 
 def parse() -> argparse.Namespace:

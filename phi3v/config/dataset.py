@@ -11,6 +11,9 @@ from typing import Literal
 from phi3v.config.values import above_zero, at_least, distinct, filled
 from phi3v.errors import ConfigError
 
+Alpha = Literal["white", "published"]
+Exif = Literal["apply", "published"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSection:
@@ -205,6 +208,16 @@ class SplitSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagesSection:
+    alpha: Alpha = "white"
+    """white: what is transparent lies on white, as other programs show it; published: alpha is
+    dropped, as the published processor does, and what lies under it is seen."""
+
+    exif: Exif = "apply"
+    """apply: a photo is turned as its camera says; published: it stays as it is stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PixelsSection:
     codec: Literal["raw", "zstd", "png", "jpeg"] = "raw"
     """How canvases are stored. raw: as they are, the fastest to read; zstd, png: smaller, exact;
@@ -264,6 +277,9 @@ class DatasetConfig:
     never_upscale: bool = False
     """Whether a picture gets no more crops along its long side than its own pixels need, rounded
     up; the published transform enlarges every picture to the crop limit."""
+
+    images: ImagesSection = ImagesSection()
+    """How the pixels of a picture are read."""
 
     max_pixels: int = 100_000_000
     """Pixels (width x height) of a picture at most; larger ones are rejected undecoded."""

@@ -130,7 +130,8 @@ def _prompt(
     messages, images = _asked(values) if given == ["prompt"] else _chat(values, read_messages)
     if strange := [image for image in images if not isinstance(image, str)]:
         raise SampleError(f"an image is a {type(strange[0]).__name__}, not a path")
-    return asker.prompt(messages, [open_picture(root / image) for image in images])
+    rules = asker.processor.rules
+    return asker.prompt(messages, [open_picture(root / image, rules) for image in images])
 
 
 def _asked(values: Mapping[str, Any]) -> tuple[list[Message], list[Any]]:

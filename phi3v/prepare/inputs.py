@@ -72,7 +72,7 @@ def open_inputs(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> Inputs:
     for number, (section, state) in enumerate(zip(cfg.sources, plan.states, strict=True)):
         source = open_source(section, work.spool(number), state)
         section = _with_named(section, cfg.split)
-        loader = ImageLoader(image_root(section), cfg.max_pixels, cache)
+        loader = ImageLoader(image_root(section), cfg.max_pixels, cache, cfg.images)
         builder = SampleBuilder(open_processor(cfg, section), cfg.max_tokens)
         is_held_out = number >= cfg.first_held_out
         parts.append(Input(section, source, loader, builder, is_held_out))
@@ -87,11 +87,9 @@ def _with_named(section: SourceSection, split: SplitSection) -> SourceSection:
 
 
 def open_processor(cfg: DatasetConfig, section: SourceSection) -> Phi3VProcessor:
-    """The model's processor with the recipe's resolution policy, and the source's."""
+    """The model's processor with the recipe's settings of pictures, and the source's."""
     num_crops = section.num_crops or cfg.num_crops
-    return Phi3VProcessor.from_pretrained(
-        cfg.model, num_crops=num_crops, never_upscale=cfg.never_upscale
-    )
+    return Phi3VProcessor.from_pretrained(cfg.model, num_crops, cfg.never_upscale, cfg.images)
 
 
 def fetch_folder(cfg: DatasetConfig) -> Path:

@@ -36,6 +36,10 @@ def write_manifest(
         _refuse_empty(cfg, plan, splits, len(found))
     report = json.loads(work.report.read_text(encoding="utf-8"))
     processor = open_processor(cfg, cfg.sources[0])
+    pictures = [
+        {"source": section.paths[0], **open_processor(cfg, section).pictures.to_dict()}
+        for section in cfg.sources
+    ]
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": _fingerprint(plan.recipe, splits),
@@ -44,7 +48,8 @@ def write_manifest(
         "image_side": processor.side,
         "image_mean": list(processor.image_mean),
         "image_std": list(processor.image_std),
-        "num_crops": max(open_processor(cfg, section).num_crops for section in cfg.sources),
+        "num_crops": max(entry["num_crops"] for entry in pictures),
+        "pictures": pictures,
         "tokenizer": processor.tokenizer_digest,
         "pixels": Codec(cfg.pixels.codec, cfg.pixels.quality).to_manifest(),
         "splits": splits,

@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from phi3v.config import DatasetConfig, differing_keys, to_dict
 from phi3v.errors import ConfigError
 from phi3v.files import sha256, write_json
+from phi3v.pictures import PUBLISHED
 from phi3v.prepare.conversations import check_columns, check_hits
 from phi3v.prepare.convert import convert_digest
 from phi3v.prepare.inputs import open_processor
@@ -128,9 +130,19 @@ def make_plan(
         return plan
 
 
+def differing(made: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
+    """The keys in which a recipe differs from what a dataset was made by.
+
+    The model may lie elsewhere: what matters of it has digests. A recipe of before there was a
+    choice of `images` means the published pixels.
+    """
+    before = {"images": asdict(PUBLISHED), **made, "model": recipe["model"]}
+    return differing_keys(before, recipe)
+
+
 def _differing(before: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
     """max_rejected only judges what was found: after a stop it may be raised, and work goes on."""
-    return [key for key in differing_keys(before, recipe) if key != "max_rejected"]
+    return [key for key in differing(before, recipe) if key != "max_rejected"]
 
 
 def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:

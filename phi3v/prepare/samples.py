@@ -1,5 +1,6 @@
 """From a conversation to a sample: tokens, labels, canvases."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,13 +63,19 @@ class SampleBuilder:
 
     def build(
         self, conversation: Conversation, pictures: Sequence[Picture], provenance: dict[str, Any]
-    ) -> Sample:
-        """Encode a conversation and the canvases of its pictures.
+    ) -> tuple[Sample, Counter[str]]:
+        """Encode a conversation and the canvases of its pictures; count what these needed.
 
+        returns  the sample, and how many of its pictures have which of `pixels.TRAITS`
         Raises: SampleError if it cannot be trained on as it stands.
         """
         tokens = self.tokens(conversation, [(p.width, p.height) for p in pictures])
-        canvases = [self.processor.canvas(picture.decode()) for picture in pictures]
+        traits: Counter[str] = Counter()
+        canvases = []
+        for picture in pictures:
+            pixels = picture.decode()
+            canvases.append(self.processor.canvas(pixels.image))
+            traits.update(pixels.traits)
         assert tuple(self.processor.canvas_tokens(c) for c in canvases) == tokens.of_images
         opened = np.flatnonzero(tokens.input_ids == self.assistant_id)
         last = conversation.last_trained
@@ -78,13 +85,14 @@ class SampleBuilder:
         }
         if conversation.references:
             meta["references"] = list(conversation.references)
-        return Sample(
+        sample = Sample(
             id=conversation.id,
             input_ids=tokens.input_ids,
             labels=tokens.labels,
             images=tuple(Canvas(canvas) for canvas in canvases),
             meta=meta | provenance,
         )
+        return sample, traits
 
 
 def _answers(conversation: Conversation) -> list[int]:

@@ -1,5 +1,6 @@
 """What prepare says at its end, in a few lines."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         for kind, found in split["audit"]["suspicious"].items():
             examples = ", ".join(found["examples"])
             yield f"  look at {found['count']:,} samples: {SUSPICIONS[kind]}, such as {examples}"
+    yield from _pictures(manifest)
     yield from _likeness(manifest)
     yield from _policy(manifest)
     rejected = manifest["rejected"]
@@ -57,6 +59,25 @@ def _likeness(manifest: Mapping[str, Any]) -> Iterator[str]:
             f"share of {split['validation']}; the largest group of rows that stay together has "
             f"{found['largest_group']:,}"
         )
+
+
+def _pictures(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What pictures needed to be seen as they are meant, and what the recipe did about it."""
+    rules = manifest["recipe"].get("images")
+    if rules is None:  # made before there was a choice, and before they were counted
+        return
+    found: Counter[str] = Counter()
+    for split in manifest["splits"].values():
+        found.update(split["audit"]["pictures"])
+    is_turned = "are" if rules["exif"] == "apply" else "would be"
+    told = {
+        "transparent": "have transparency",
+        "turned": f"{is_turned} turned by EXIF",
+        "deep": "have more than 8 bits",
+    }
+    if counted := [f"{found[trait]:,} {what}" for trait, what in told.items() if found[trait]]:
+        counted[0] = counted[0].replace(" ", " pictures ", 1)
+        yield f"{', '.join(counted)}; images.alpha is {rules['alpha']}, images.exif {rules['exif']}"
 
 
 def _policy(manifest: Mapping[str, Any]) -> Iterator[str]:
