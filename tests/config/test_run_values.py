@@ -130,6 +130,11 @@ def test_a_wrong_type_or_choice_is_refused(override: str, message: str) -> None:
         ),
         ("optim.weight_decay=-0.1", "optim.weight_decay must be at least 0, got -0.1"),
         ("optim.warmup_steps=-1", "optim.warmup_steps must be at least 0, got -1"),
+        ("optim.warmup_ratio=-1", "optim.warmup_ratio must be at least 0, got -1.0"),
+        (
+            "optim.warmup_ratio=1",
+            "optim.warmup_ratio must be a share from 0 to below 1, got 1.0",
+        ),
         ("optim.min_lr_ratio=2", "optim.min_lr_ratio must be a share from 0 to 1, got 2.0"),
         ("train.max_steps=0", "train.max_steps must be at least 1, got 0"),
         ("eval.split=''", "eval.split must not be empty, got ''"),
@@ -180,6 +185,15 @@ def test_a_run_has_one_length(override: str, got: str) -> None:
     assert override_refusal(override) == (
         f"exactly one of train.max_steps and train.epochs must be set, got {got} (in {places})"
     )
+
+
+def test_a_warm_up_has_one_length_even_if_it_is_0() -> None:
+    assert run("optim.warmup_ratio=0.1").optim.warmup(50) == 5
+    both = ("optim.warmup_ratio=0.1", "optim.warmup_steps=0")
+    assert override_refusal(*both).startswith(
+        "only one of optim.warmup_steps and optim.warmup_ratio may be set, got both, 0 and 0.1; set "
+    )
+    assert run(*both, "optim.warmup_ratio=null").optim.warmup(50) == 0
 
 
 @pytest.mark.parametrize(

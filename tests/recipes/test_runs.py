@@ -9,13 +9,14 @@ from phi3v.config import (
     DatasetConfig,
     RunConfig,
     check,
-    default_deepspeed,
+    check_warmup,
     load_deepspeed,
     load_recipe,
 )
 from phi3v.evaluation.metrics import compile_pattern, find_metrics
 from phi3v.geometry import Grid, image_tokens
 from phi3v.processing.prompt import image_tags
+from phi3v.training.start import deepspeed_file
 from tests.commands import ROOT
 
 RECIPES = ROOT / "launch" / "recipes"
@@ -29,9 +30,23 @@ TEXT = 100  # tokens that are left for words beside the largest pictures
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
 def test_a_run_recipe_fits_its_deepspeed_json_and_its_metrics_exist(path: Path) -> None:
     cfg = load_recipe(RunConfig, path, ())
-    ds = ROOT / cfg.deepspeed if cfg.deepspeed else default_deepspeed(has_cuda=False)
-    check(cfg, load_deepspeed(ds, RANKS))
+    for has_cuda in (False, True):
+        check(cfg, load_deepspeed(ROOT / deepspeed_file(cfg, has_cuda), RANKS))
     find_metrics(cfg.eval.metrics, compile_pattern(cfg.eval.pattern) if cfg.eval.pattern else None)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "phi35"])
+@pytest.mark.parametrize("rows", [1_704, 200_000])
+def test_a_recipe_of_a_published_model_ends_its_warm_up_on_few_rows_and_many(
+    name: str, rows: int
+) -> None:
+    """Packs of several rows make a third of the steps: 6 of 64 packs for 1,704 rows."""
+    cfg = load_recipe(RunConfig, RECIPES / f"{name}.yaml", ())
+    assert cfg.train.epochs
+    for packs in (rows, rows // 9):
+        steps = -(-packs // 64) * cfg.train.epochs
+        check_warmup(cfg, steps)
+        assert cfg.optim.warmup(steps) <= 1 + 0.04 * steps
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
