@@ -191,7 +191,7 @@ def test_a_warm_up_has_one_length_even_if_it_is_0() -> None:
     assert run("optim.warmup_ratio=0.1").optim.warmup(50) == 5
     both = ("optim.warmup_ratio=0.1", "optim.warmup_steps=0")
     assert override_refusal(*both).startswith(
-        "only one of optim.warmup_steps and optim.warmup_ratio may be set, got both, 0 and 0.1; set "
+        "only one of optim.warmup_steps and optim.warmup_ratio may be set, got both, 0 and 0.1; "
     )
     assert run(*both, "optim.warmup_ratio=null").optim.warmup(50) == 0
 

@@ -205,8 +205,8 @@ def test_an_unfinished_run_is_not_cut_to_fewer_steps_than_it_has_done(
     with pytest.raises(ConfigError) as caught:
         check_length(run, 4)
     assert str(caught.value) == (
-        f"{run.folder.path} has done 4 steps, train.max_steps asks for 3; raise it, or name another "
-        "run.out for a shorter run"
+        f"{run.folder.path} has done 4 steps, train.max_steps asks for 3; raise it, or name "
+        "another run.out for a shorter run"
     )
     with pytest.raises(ConfigError, match=r"train\.epochs asks for"):
         check_length(opened(values | {"train": {"epochs": 1}}), 1000)
