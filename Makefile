@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test fast check soak bench format clean
+.PHONY: setup demo test fast check soak bench gpu format clean
 
 setup: $(READY)
 
@@ -36,6 +36,10 @@ soak: setup
 bench: setup
 	for name in packing step loader cost collectives checkpoint; do \
 	    $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# What only GPUs can show, on all that are there: eight minutes at most, one table in runs/gpu.
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint import async_save
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
+from phi3v.devices import has_cuda
 from phi3v.files import sync_tree
 from phi3v.training.ranks import set_environment
 
@@ -72,7 +73,7 @@ def main() -> None:
 
 def make_state(gib: float) -> dict[str, Any]:
     """What DeepSpeed hands over to be saved, of so many bytes in all."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if has_cuda() else "cpu"
     partitions = [torch.randn(int(share * gib * 2**28), device=device) for share in SHARES]
     moments = {
         number: {"step": torch.tensor(1.0), "exp_avg": part.clone(), "exp_avg_sq": part.square()}
@@ -82,13 +83,13 @@ def make_state(gib: float) -> dict[str, Any]:
 
 
 def make_sides(state: dict[str, Any]) -> dict[str, Side]:
-    has_cuda = torch.cuda.is_available()
+    is_pinned = has_cuda()
     return {
         "ours": ours(state, is_guarded=True),
         "alone": ours(state),
         "async_save": asynchronous(state),
-        "kept": asynchronous(state, StagingOptions(has_cuda, False, False, has_cuda)),
-        "staged": asynchronous(state, StagingOptions(has_cuda, False, True, has_cuda)),
+        "kept": asynchronous(state, StagingOptions(is_pinned, False, False, is_pinned)),
+        "staged": asynchronous(state, StagingOptions(is_pinned, False, True, is_pinned)),
         "torch.save": lambda folder: plain(state, folder),
     }
 
@@ -96,7 +97,7 @@ def make_sides(state: dict[str, Any]) -> dict[str, Side]:
 def ours(state: dict[str, Any], is_guarded: bool = False, is_prepared: bool = False) -> Side:
     from phi3v.training.checkpoints.writer import Writer  # reads the environment at import
 
-    writer = Writer()
+    writer = Writer(state["fp32_flat_groups"][0].device)
     if is_guarded:
         writer.guard(torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))]))
     if is_prepared:

@@ -26,6 +26,7 @@ from timing import describe_machine, measure
 
 from phi3v.config import MODULES
 from phi3v.data.batch import collate, model_inputs
+from phi3v.devices import take_device
 from phi3v.geometry import Grid, image_tokens
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD, TinySizes, tiny_config, train_tokenizer
@@ -41,7 +42,7 @@ LEAST_TEXT = 8  # tokens of a sample beside its image
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = take_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{describe_machine()}; {name}; load {os.getloadavg()[0]:.1f}")
     torch.manual_seed(0)

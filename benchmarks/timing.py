@@ -62,10 +62,18 @@ def describe_machine() -> str:
     """Processor, versions and commit, in one line."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
     return (
         f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores; Python "
         f"{platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}; "
-        f"commit {commit.stdout.strip()}"
+        f"commit {_commit()}"
     )
+
+
+def _commit() -> str:
+    """Of this checkout; a copy of it, on a machine without git, has none."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -23,7 +23,8 @@ LONGEST = (
     *("slurm/test_requeue.py", "test_readme.py", "test_benchmarks.py", "test_digits.py"),
     *("distributed/test_world_size.py", "prepare/test_zoo.py", "prepare/test_restart.py"),
     *("distributed/test_shares.py", "test_demo.py", "slurm/test_train.py"),
-    *("distributed/test_disks.py", "distributed/test_loading.py", "distributed/test_faults.py"),
+    *("cuda/test_passes.py", "distributed/test_disks.py"),
+    *("distributed/test_loading.py", "distributed/test_faults.py"),
 )
 
 

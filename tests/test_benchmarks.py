@@ -1,14 +1,22 @@
 """Every benchmark runs, small, and prints its sides beside each other; none is timed here."""
 
+import json
+import re
 import runpy
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
+from argparse import Namespace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from scipy.optimize import nnls
 
@@ -27,9 +35,23 @@ SMALL = {
     "checkpoint.py": ["--gib=0.001", "--repeats=1", "--products=1"],
     "step.py": ["--models", "tiny", "--samples=8", "--repeats=1"],
     "collectives.py": ["--width=192"],
-    "gpu.py": ["--steps=1"],
+    "gpu.py": ["--toy", "--steps=1"],
 }
-PIECES = {"timing.py", "mixture.py", "padded.py", "fullsize.py", "gpu_checks.py"}
+PIECES = {"timing.py", "mixture.py", "padded.py", "fullsize.py"} | {
+    f"gpu_{name}.py" for name in ("table", "ranks", "checks", "training", "memory", "speed")
+}
+
+SECTIONS = set(
+    "start kernels data waits inputs train jsons memory save attention steps padded longest".split()
+)
+# A section that is a program of its own, and imports nothing that takes a second.
+FINDS = """
+import json, time
+def find(check, verdict):
+    row = dict(section={name!r}, check=check, expected="", seen="", verdict=verdict)
+    open({path!r}, "a").write(json.dumps(row) + chr(10))
+{program}
+"""
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +61,7 @@ def lines_of(script: str) -> list[str]:
     """What a benchmark prints; each is run once."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *SMALL[script]]
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 
@@ -50,7 +72,7 @@ def test_no_benchmark_is_left_out() -> None:
 
 @pytest.mark.parametrize("script", SMALL)
 def test_a_benchmark_says_what_it_ran_on(script: str) -> None:
-    line = lines_of(script)[0]
+    line = lines_of(script)[0].removeprefix("machine: ")
     assert "cores; Python" in line and "commit" in line
 
 
@@ -120,15 +142,112 @@ def test_collectives_are_counted_on_both_sides() -> None:
     assert every.split()[0] == "all" and float(every.split()[-1]) <= 1
 
 
-def test_a_gpus_sections_all_run_at_toy_size() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu does it, and more")
+def test_a_gpus_sections_all_run_at_toy_size_and_find_nothing_false() -> None:
     lines = lines_of("gpu.py")
-    sections = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
-    assert sections == "backends checks attention memory steps padded longest falls".split()
-    assert "no CUDA device" in lines[1] or "CUDA" in lines[1]
-    shown = [line.split(":")[0] for line in lines]
-    for side in ("ZeRO-3, pictures, none", "ZeRO-3, text, none", "plain loop, pictures, none"):
-        assert side in shown
-    assert lines[-1].startswith("loss of 20 steps: ")
+    rows = [line.split(maxsplit=4) for line in lines if re.search(r" \d+\.\d s  ", line)]
+    ran = {name for name, verdict, *_ in rows if verdict in ("true", "measured")}
+    skipped = {name for name, *_, rest in rows if rest.startswith("s  the section: skipped")}
+    assert ran == SECTIONS - {"waits", "memory"} and skipped == {"waits", "memory"}
+    assert re.fullmatch(
+        r"\d+ true, 0 FALSE, .* 0 not run; \d+ s; see runs/gpu/table.txt", lines[-1]
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so() -> None:
+    script = ROOT / "benchmarks/gpu.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "sees no CUDA device" in run.stderr and "--toy" in run.stderr
+
+
+def test_a_falsehood_ends_the_run_of_sections_and_a_budget_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Sections that are programs of a line, in real processes."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu, table = import_module("gpu"), import_module("gpu_table")
+
+    def run(programs: dict[str, str], budget: float = 60, keeps_going: bool = False) -> Any:
+        sections = [gpu.Section(name, "", "", 5.0) for name in programs]
+        monkeypatch.setattr(gpu, "SECTIONS", sections)
+        monkeypatch.setattr(gpu, "BY_NAME", {section.name: section for section in sections})
+
+        def child(section: Any, order: Path, arguments: Any) -> list[str]:
+            name, path = section.name, json.loads(order.read_text())["found"]
+            program = FINDS.format(name=name, path=path, program=programs[name])
+            return [sys.executable, "-c", program]
+
+        monkeypatch.setattr(gpu, "child_command", child)
+        folder = tmp_path / str(time.monotonic_ns())
+        folder.mkdir()
+        arguments = Namespace(
+            sections=[], budget=budget, keep_going=keeps_going, out=folder, toy=False
+        )
+        result = table.Table(folder, {})
+        gpu.run_sections(result, arguments, folder)
+        assert len(json.loads((folder / "table.json").read_text())["rows"]) == len(result.rows)
+        return [(row.section, row.check, row.verdict) for row in result.rows]
+
+    right, wrong, hangs = "find('one', 'true')", "find('two', 'FALSE')", "; time.sleep(100)"
+    assert run({"a": right, "b": wrong + hangs, "c": right}) == [
+        ("a", "one", "true"),
+        ("b", "two", "FALSE"),
+    ]
+    assert run({"b": wrong, "c": right}, keeps_going=True)[-1] == ("c", "one", "true")
+    ends_badly = run({"a": right + "; 1 / 0", "c": right})
+    assert ends_badly == [("a", "one", "true"), ("a", "the section", "FALSE")]
+    late = run({"a": right + hangs})
+    assert late == [("a", "one", "true"), ("a", "the section", "FALSE")]
+    over = run({"a": right + hangs, "c": right}, budget=3)
+    assert over[1:] == [
+        ("a", "the rest of the section", "not run"),
+        ("c", "the section", "not run"),
+    ]
+
+
+def test_an_operation_that_waits_is_named_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda's debug mode is stood in for: an error where it is asked for, a warning else."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    checks = import_module("gpu_checks")
+    mode = "default"
+
+    def set_mode(name: str) -> None:
+        nonlocal mode
+        mode = name
+
+    def wait() -> None:
+        if mode == "error":
+            raise RuntimeError(checks.WAITS)
+        if mode == "warn":
+            warnings.warn(checks.WAITS, stacklevel=1)
+
+    class Waiting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            wait()  # below the dispatcher
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return torch.ops.phi3v_test.waiting(gradient)
+
+    library = torch.library.Library("phi3v_test", "DEF")
+    library.define("waiting(Tensor x) -> Tensor")
+
+    def waiting(x: torch.Tensor) -> torch.Tensor:
+        wait()
+        return x.clone()
+
+    library.impl("waiting", waiting, "CPU")
+    x = torch.ones(3, requires_grad=True)
+    found = checks.waits_of(lambda: Waiting.apply(x).sum().backward(), set_mode)
+    assert [word.split(" at ")[0] for word in found] == [
+        "phi3v_test.waiting.default",
+        "below the dispatcher",
+    ]
+    assert x.grad is not None and mode == "default"
 
 
 def test_packing_is_compared_with_padding_and_with_chance() -> None:

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "make demo": "tests/test_demo.py",
     "make soak": "tests/distributed/test_kills.py, 20 times instead of 200",
     "make bench": "tests/test_benchmarks.py, each smaller",
+    "make gpu": "tests/test_benchmarks.py, at toy size on CPU ranks",
     "source .venv/bin/activate": "tests/test_readme.py, by way of PATH",
     "python launch/recipes/digits.py": "tests/test_digits.py",
     "python launch/tiny_model.py models/digits": "tests/test_digits.py",

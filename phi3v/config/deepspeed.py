@@ -41,10 +41,12 @@ REQUIRED_KEYS = (
 BF16_KEYS = ("data_types.grad_accum_dtype", "communication_data_type")
 """Keys that must be stated beside bf16: DeepSpeed would add gradients up in bf16 as well."""
 
-CHOICES: dict[str, tuple[str | int, ...]] = {
+CHOICES: dict[str, tuple[str | float, ...]] = {
     "train_micro_batch_size_per_gpu": (1,),
     "zero_optimization.stage": (1, 2, 3),
     "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
+    "zero_optimization.offload_optimizer.ratio": (1.0,),
+    "zero_optimization.offload_optimizer.super_offload": (False,),
     "zero_optimization.offload_param.device": ("none", "cpu", "nvme"),
     "data_types.grad_accum_dtype": ("fp32", "bf16"),
     "communication_data_type": ("fp32", "bf16"),
@@ -61,6 +63,10 @@ REASONS = {
     "for float32",
     "bf16.check_grad_overflow": "the stages 1 and 2 would put a gradient that is not a number into "
     "the weights; stage 3 checks always",
+    "zero_optimization.offload_optimizer.ratio": "DeepSpeed 0.19.8 steps the rest by an optimizer "
+    "that is in no checkpoint and has no learning rate of ours",
+    "zero_optimization.offload_optimizer.super_offload": "DeepSpeed 0.19.8 keeps the moments in a "
+    "process of their own, and no checkpoint has them",
     "zero_optimization.zero_quantized_gradients": "DeepSpeed 0.19.8 reads every gradient as "
     "float16, whatever it is",
 }
@@ -127,6 +133,11 @@ class DeepSpeedConfig:
         return self._value("zero_optimization.stage", 0)
 
     @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state lies, and its steps are computed, in the host's memory."""
+        return self._value("zero_optimization.offload_optimizer.device", "none") == "cpu"
+
+    @property
     def bf16(self) -> bool:
         """Whether the model computes in bfloat16 (with float32 master weights), not float32."""
         return self._value("bf16.enabled", False)
@@ -147,8 +158,8 @@ class DeepSpeedConfig:
         return self._value("optimizer.params.torch_adam", False)
 
     @property
-    def offloads_optimizer(self) -> bool:
-        """Whether the optimizer's state is in the host's memory, or on its NVMe."""
+    def steps_on_host(self) -> bool:
+        """Whether the optimizer's steps are the CPU's, its state in memory or on NVMe."""
         return self._value("zero_optimization.offload_optimizer.device", "none") != "none"
 
     @property

@@ -20,8 +20,13 @@ class TrainSection:
     stop_after: float | None = None
     """Seconds after whose end the run saves and stops with exit code 75, to be started again."""
 
-    hang_timeout: float = 1800.0
-    """Seconds without any progress after which a rank writes its stacks and ends."""
+    hang_timeout: float = 300.0
+    """Seconds without any progress after which a rank writes its stacks and ends: longer than the
+    longest step, or batch of an evaluation. A run whose nodes fail loses as long with each hang."""
+
+    start_timeout: float = 1800.0
+    """The same, where it is longer, for what comes once and takes its time: from the start of the
+    process to the end of its first step, and until a checkpoint is read, converted or written."""
 
     def __post_init__(self) -> None:
         if (self.max_steps is None) == (self.epochs is None):
@@ -33,7 +38,8 @@ class TrainSection:
         at_least(1, train__max_steps=self.max_steps, train__epochs=self.epochs)
         none = "leave it out to run without a limit"
         above_zero(none, train__stop_after=self.stop_after)
-        above_zero("the default is 1800", train__hang_timeout=self.hang_timeout)
+        above_zero("the default is 300", train__hang_timeout=self.hang_timeout)
+        above_zero("the default is 1800", train__start_timeout=self.start_timeout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class ModelSection:
 
     loss: Literal["auto", "liger", "chunked"] = "auto"
     """How logits are avoided. liger: Liger's fused kernel (CUDA); chunked: a thousand tokens at a
-    time; auto: liger where it is installed and runs."""
+    time; auto: chunked."""
 
     checkpointing: Checkpointing = "none"
     """What of each layer is computed again in the backward pass. none: nothing; selective: all but

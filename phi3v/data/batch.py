@@ -3,9 +3,10 @@
     batch = collate(samples)
     loss = model(**model_inputs(batch, dataset.view_settings, device))
 
-Ids and uint8 canvases are all that travels to the device, where the canvases are cut,
-normalised and given their global views. A loader's batches lie in arenas, memory that is used again
-for later ones and that CUDA copies from while the processor goes on.
+The uint8 canvases travel to the device, where they are cut, normalised and given their global
+views. Ids and labels stay on the host, which looks for places in them; the model sends them. A
+loader's batches lie in arenas, memory that is used again for later ones and that CUDA copies from
+while the processor goes on.
 """
 
 from collections.abc import Sequence
@@ -50,15 +51,10 @@ class Batch:
         """Trained positions."""
         return int((self.labels != IGNORED).sum())
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of it that travels to a device: not the labels, whose places the host looks for."""
-        return self.input_ids, *self.canvases
-
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device; the copy from pinned memory is only asked for."""
-        ids, *canvases = (t.to(device, non_blocking=True) for t in self.tensors)
-        return replace(self, input_ids=ids, canvases=tuple(canvases))
+        """The same with its canvases on a device; copies from pinned memory are only asked for."""
+        canvases = (canvas.to(device, non_blocking=True) for canvas in self.canvases)
+        return replace(self, canvases=tuple(canvases))
 
 
 class Arena:
@@ -136,6 +132,8 @@ def row_bytes(tokens: int) -> int:
 
 def model_inputs(batch: Batch, settings: ViewSettings, device: torch.device) -> dict[str, Any]:
     """The arguments of the packed call: ids, labels, segments, and the views made on `device`.
+
+    Ids and labels lie on the host, so that the device is waited for nowhere.
 
     Canvases become views one by one: on a CPU several of a size at once take longer.
     """

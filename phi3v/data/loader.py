@@ -165,8 +165,8 @@ class Loader:
         if event:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(event)
-            for tensor in batch.tensors:
-                tensor.record_stream(stream)
+            for canvas in batch.canvases:
+                canvas.record_stream(stream)
         return batch
 
     def _release(self, arenas: Sequence[Arena]) -> None:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from phi3v.data import Dataset
+from phi3v.devices import take_device
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator
 from phi3v.model import Phi3VForCausalLM
@@ -24,9 +23,11 @@ def open_model(path: str | Path, max_new_tokens: int, batch_rows: int = 1) -> Ge
 def as_generator(
     model: Phi3VForCausalLM, processor: Phi3VProcessor, max_new_tokens: int, batch_rows: int
 ) -> Generator:
-    """Put a model on the device there is."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    placed = model.to(device).eval()
+    """Put a model on the device there is.
+
+    Raises: ConfigError if there is a GPU that torch does not see.
+    """
+    placed = model.to(take_device()).eval()
     return Generator(placed, processor.tokenizer, processor.views, max_new_tokens, batch_rows)
 
 

@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from phi3v.errors import ConfigError
+from phi3v.model.sending import send
 
 # Not "phi3v_flash": transformers takes any name with "flash" in it for a package of its own.
 FLASH, VARLEN, SDPA = "phi3v_fa", "phi3v_varlen", "phi3v_sdpa"
@@ -72,8 +73,15 @@ class Segments:
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
         """Describe samples laid end to end; the copy to the device waits for nothing."""
         ends = list(accumulate(lengths, initial=0))
-        boundaries = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda")
-        return cls(tuple(lengths), max(lengths), boundaries.to(device, non_blocking=True))
+        return cls(
+            tuple(lengths), max(lengths), send(torch.tensor(ends, dtype=torch.int32), device)
+        )
+
+    def __post_init__(self) -> None:
+        """Hold what kernels demand of boundaries, and what a fake device would not notice."""
+        assert self.boundaries.dtype == torch.int32, self.boundaries.dtype
+        assert self.boundaries.is_contiguous()
+        assert type(self.longest) is int, type(self.longest)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float | None, int | None], Tensor]
@@ -112,7 +120,7 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None
     if name == VARLEN and not torch.backends.cuda.is_flash_attention_available():
         return f"torch {torch.__version__} was built without flash attention"
     if name == FLASH and _flash(device) is None:
-        return "`import flash_attn` fails; install the package as setup.cfg says under [cuda]"
+        return "`import flash_attn` fails; pip install -e '.[flash-attn]', see docs/install.md"
     return None
 
 
@@ -177,6 +185,7 @@ def by_varlen(
     window: int | None,
 ) -> Tensor:
     """torch's flash attention over all samples at once."""
+    _hold_halves(query, key, value)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, K)
     is_grouped = query.shape[1] != key.shape[1]
     grouping: dict[str, Any] = {"enable_gqa": is_grouped} if TAKES_GROUPING else {}
@@ -206,6 +215,7 @@ def by_flash(
     """The flash-attn package's kernel over all samples at once."""
     package = _flash(query.device)
     assert package is not None, "choose_attention would not have chosen it"
+    _hold_halves(query, key, value)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, K)
     attended = package.flash_attn_varlen_func(
         q,
@@ -274,6 +284,12 @@ def _sdpa(
         query, key, value, mask, is_causal=is_causal, scale=scaling, enable_gqa=is_grouped
     )
     return attended.transpose(1, 2)
+
+
+def _hold_halves(*tensors: Tensor) -> None:
+    """Flash kernels take no other dtypes on a GPU, and a fake one would not notice."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_cuda}
+    assert dtypes <= set(HALVES) and len(dtypes) <= 1, dtypes
 
 
 def _window(window: int | None) -> tuple[int, int]:

@@ -53,34 +53,43 @@ class Head(nn.Linear):
 
 
 def choose_loss(wanted: Literal["auto", "liger", "chunked"], device: torch.device) -> Loss:
-    """Name what makes the loss on a device; "auto" is Liger's kernel where it runs.
+    """Name what makes the loss on a device; "auto" is ours, "chunked".
+
+    Liger's waits for the device at each pack (it counts the targets that are ignored), and no gain
+    of its kernel was measured.
 
     Raises: ConfigError if "liger" is wanted and cannot run here.
     """
-    if wanted == "chunked":
+    if wanted != "liger":
         return "chunked"
     obstacle = _liger_obstacle(device)
-    if obstacle is None:
-        return "liger"
-    if wanted == "liger":
+    if obstacle:
         raise ConfigError(
             f"model.loss is 'liger', which cannot run here: {obstacle}; use 'auto' or 'chunked'"
         )
-    return "chunked"
+    return "liger"
 
 
 def _liger_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA device, this one is {device.type}"
     if find_spec("liger_kernel") is None:
-        return "the package liger-kernel is not installed"
-    if "accum_dtype" not in signature(_liger_function().forward).parameters:
+        return "the package liger-kernel is not installed (pip install -e '.[kernels]')"
+    try:
+        function = _liger_function()
+    except Exception as error:  # it imports triton, transformers and more of itself than we call
+        return f"`import liger_kernel` fails with {type(error).__name__}: {_first_line(error)}"
+    if "accum_dtype" not in signature(function.forward).parameters:
         return "the installed liger-kernel adds gradients up in bf16, 0.6.2 or later is needed"
     return None
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no message")
+
+
 def _liger_function() -> Any:
-    # Optional, and loads triton, which only a CUDA machine has.
+    # Optional, and loads triton, which comes with torch for CUDA only.
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     return LigerFusedLinearCrossEntropyFunction
@@ -109,6 +118,8 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Logits are in the weight's dtype and the softmax in float32, as over full logits.
     """
+    assert hidden.dtype == weight.dtype, f"a product of {hidden.dtype} and {weight.dtype}"
+    assert targets.dtype == torch.int64, targets.dtype
     if not torch.is_grad_enabled():  # inside the function, needs_input_grad would not tell
         hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedLoss.apply(hidden, weight, targets)
@@ -180,7 +191,13 @@ def _chunk(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right` to `total`, in place and in total's dtype."""
+    """Add `left @ right` to `total`, in place and in total's dtype: theirs, or float32.
+
+    CUDA has no other products, and a fake device would not notice.
+    """
+    assert left.dtype == right.dtype and total.dtype in (left.dtype, torch.float32), (
+        f"a product of {left.dtype} and {right.dtype} into {total.dtype}"
+    )
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
     elif left.is_cpu:  # has no product of bf16 into float32

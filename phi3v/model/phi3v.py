@@ -24,6 +24,7 @@ from phi3v.model.execution import Execution
 from phi3v.model.layers import DecoderLayer, RMSNorm, TowerLayer, use_compiled
 from phi3v.model.loss import Head, mean_loss, next_tokens
 from phi3v.model.rotary import rotary
+from phi3v.model.sending import send
 from phi3v.model.vision import ImageEmbedding
 from phi3v.model.weights import WeightFiles, check_shapes, find_stop_ids
 from phi3v.sample import IGNORED
@@ -76,15 +77,19 @@ class Phi3VModel(Phi3VPreTrainedModel):
     def embed(self, input_ids: Tensor, views: Tensor | None, grids: Sequence[Grid]) -> Tensor:
         """Token embeddings, with the images' vectors where the ids are negative.
 
-        input_ids  (B, T); the negative ones take the images in the order of `grids`
+        input_ids  (B, T); the negative ones take the images in the order of `grids`. From the host
+                   they are sent; where they lie on the device it is waited for, to find those
         views      (N, 3, size, size), or None without images
         returns    (B, T, D)
         """
-        embedded = self.embed_tokens(input_ids.clamp(min=0))
+        words, weight = input_ids.clamp(min=0), self.embed_tokens.weight
+        embedded = self.embed_tokens(send(words, weight.device) if weight.is_cuda else words)
         if views is None:
             return embedded
         images = self.vision_embed_tokens(views, grids).to(embedded.dtype)
-        return embedded.masked_scatter(input_ids[..., None] < 0, images)
+        places = (input_ids.flatten() < 0).nonzero()[:, 0]
+        filled = embedded.flatten(0, 1).index_copy(0, send(places, embedded.device), images)
+        return filled.view_as(embedded)
 
     def decode(
         self,
@@ -332,8 +337,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Sum of the losses of a pack's trained tokens; each sample gets the numbers it gets alone.
 
-        input_ids, labels  (1, T), the samples laid end to end; with the labels on the CPU the
-                           device is waited for nowhere
+        input_ids, labels  (1, T), the samples laid end to end; if both lie on the host the device
+                           is waited for nowhere
         segment_lengths    tokens of each sample
         views, grids       the images of all samples in order; None for a pack of text, which then
                            takes a blank view through the tower (see ImageEmbedding.forward)
@@ -352,7 +357,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         angles = self.model.packed_angles(segments, embedded.dtype)
         targets = next_tokens(labels, segment_lengths)[0]
         places = (targets != IGNORED).nonzero()[:, 0]
-        places, targets = (_send(t, embedded.device) for t in (places, targets[places]))
+        places, targets = (send(t, embedded.device) for t in (places, targets[places]))
         wanted = places if len(places) else None  # few kernels take a matrix without rows
         hidden = self.model.decode(embedded, angles, segments=segments, places=wanted)[0]
         return self.lm_head(hidden[places] if wanted is None else hidden, targets)
@@ -391,10 +396,3 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             return self.model.is_long(positions, length)
 
         return is_long(keys) and not is_long(past)
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for what it still computes."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.sending import send
 
 
 def rotary(
@@ -37,7 +38,7 @@ def rotary(
 
 def _frequencies(config: Phi3VConfig, name: str, device: torch.device) -> Tensor:
     width = config.hidden_size // config.num_attention_heads
-    factors = torch.tensor(config.rope_parameters[name], dtype=torch.float32, device=device)
+    factors = send(torch.tensor(config.rope_parameters[name], dtype=torch.float32), device)
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
     return 1.0 / (factors * config.rope_parameters["rope_theta"] ** exponents)  # (K / 2,)
 

@@ -17,6 +17,7 @@ import torch
 
 from phi3v.config import DatasetConfig, RunConfig, load_recipe
 from phi3v.data.format import MANIFEST
+from phi3v.devices import has_cuda
 from phi3v.errors import ConfigError
 from phi3v.evaluation.metrics.names import BLIND
 from phi3v.evaluation.report.words import metric_value
@@ -89,7 +90,7 @@ def run_demo(folders: DemoFolders, launch: Path, overrides: Sequence[str]) -> No
     for folder in (folders.data, folders.model, folders.shards, folders.run):
         shutil.rmtree(folder, ignore_errors=True)
     make_inputs(_dataset_recipe(folders))
-    ranks = min(RANKS, torch.cuda.device_count()) if torch.cuda.is_available() else RANKS
+    ranks = min(RANKS, torch.cuda.device_count()) if has_cuda() else RANKS
     python = Path(sys.executable)
     _run(
         python.with_name("deepspeed"),

@@ -77,10 +77,10 @@ def needed_extensions(ds: DeepSpeedConfig) -> list[Extension]:
     optimizer = ds.optimizer_type.lower()
     if optimizer == "adam":
         optimizer = "adamw"
-    kind = "cpu" if ds.offloads_optimizer else "fused"
+    kind = "cpu" if ds.steps_on_host else "fused"
     if optimizer == "adamw" and not ds.takes_torch_adam:
         names.append(f"{kind}_adam")
-    if optimizer == "lion" or (optimizer == "adagrad" and ds.offloads_optimizer):
+    if optimizer == "lion" or (optimizer == "adagrad" and ds.steps_on_host):
         names.append(f"{kind}_{optimizer}")
     if ds.offloads_to_nvme:
         names.append("async_io")
@@ -124,7 +124,7 @@ def _reason(ds: DeepSpeedConfig, extension: Extension) -> str:
         return "offloading to NVMe"
     if extension.name == "quantizer":
         return "quantized weights"
-    where = "offloaded " if ds.offloads_optimizer else ""
+    where = "offloaded " if ds.steps_on_host else ""
     return f"DeepSpeed's own {where}{ds.optimizer_type} (extension {extension.name})"
 
 

@@ -24,6 +24,7 @@ from phi3v.data.batch import model_inputs
 from phi3v.data.loader import Loader, OnePack, Step
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError
+from phi3v.model.sending import send
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress
@@ -45,6 +46,7 @@ from phi3v.training.session import (
     save,
     start,
     stop_here,
+    wait_until_saved,
 )
 from phi3v.training.stopping import StopRequests
 from phi3v.training.watchdog import Watchdog
@@ -76,16 +78,19 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests)
             check_diverged(run.folder)
         return
     stop.watch(run.folder.path, cfg.train.stop_after)
-    zero.start_process_group(cfg.train.hang_timeout)
+    timeouts = cfg.train.hang_timeout, max(cfg.train.hang_timeout, cfg.train.start_timeout)
+    zero.start_process_group(timeouts[1])
     lock = zero.first_rank_does(run.folder.lock, ranks.is_first)
-    with closing(Watchdog(cfg.train.hang_timeout, run.folder.path, ranks.rank)) as watchdog:
+    dog = Watchdog(timeouts[0], run.folder.path, ranks.rank, timeouts[1], zero.set_timeouts)
+    with closing(dog) as watchdog:
         session, done = start(run, stop, watchdog)
         done = run_steps(session, done)
         finish(session, done)
-        session.tracker.finish()
-        if ranks.is_first:
-            stop.clear_file()  # it came too late
-        zero.leave_together()
+        with watchdog.patience():  # the service that is told may be slow
+            session.tracker.finish()
+            if ranks.is_first:
+                stop.clear_file()  # it came too late
+            zero.leave_together()
     if lock:
         lock.close()
         check_diverged(run.folder)
@@ -135,6 +140,7 @@ def run_until_bad(
         with profiled(run.folder.profile, number, cfg.debug.profile_steps, ranks.rank):
             result = train_step(run, engine, loader, step, rates, limit, wishes(session))
         session.watchdog.beat()
+        session.watchdog.settle()
         reason = reason_to_skip(result.loss, result.norm, limit)
         metrics: dict[str, Any] = {"step": number, "epoch": step.at.epoch}
         metrics |= {"loss": _finite(result.loss), "grad_norm": _finite(result.norm)}
@@ -192,7 +198,7 @@ def train_step(
     trained = sum(int(run.dataset.label_tokens[pack].sum()) for pack in step.packs)
     undo = run.ranks.world_size * run.ds.accumulation  # what DeepSpeed will divide by
     zero.set_learning_rates(engine, rates)
-    sums = torch.tensor([0.0, *wishes], dtype=torch.float64).to(run.device, non_blocking=True)
+    sums = send(torch.tensor([0.0, *wishes], dtype=torch.float64), run.device)
     for number, batch in enumerate(loader.on_device(step.batches), 1):
         loss = engine(**model_inputs(batch, run.dataset.view_settings, run.device))
         sums[0] += loss.detach().double()
@@ -235,7 +241,7 @@ def after_step(session: Session, done: Progress, result: StepResult, is_good: bo
     """
     run, cfg = session.run, session.run.cfg
     if result.has_failed:
-        session.saver.wait()
+        wait_until_saved(session)
     is_last = done.step == run.total_steps
     if result.is_stopping and not is_last:
         stop_here(session, done)
@@ -253,8 +259,10 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
     Raises: CheckpointError if there is none, or going back has not helped before.
     """
     run, first_bad = session.run, done.step - len(trail.skipped) + 1
-    session.saver.wait()
-    choice = choose(run.folder.checkpoints, run.ranks, before=first_bad)
+    wait_until_saved(session)
+    beat = session.watchdog.beat
+    with session.watchdog.patience():
+        choice = choose(run.folder.checkpoints, run.ranks, beat, before=first_bad)
     tried = zero.from_first_rank(run.folder.faults.rollbacks_to(choice.step if choice else 0))
     if choice is None or tried >= MAX_ROLLBACKS or run.cfg.debug.overfit_one_pack:
         raise CheckpointError(
@@ -262,7 +270,8 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
             f"{'has not helped' if tried else 'is not possible'}; {run.folder.faults.path} has "
             "their reasons and samples, look at those, or lower optim.lr in another run"
         )
-    back = restore(session.engine, choice, run.ranks)
+    with session.watchdog.patience():
+        back = restore(session.engine, choice, run.ranks)
     session.saver.saved_step = back.step
     if run.ranks.is_first:
         say(f"going back to step {back.step}, steps {first_bad} on are left out")
@@ -271,7 +280,6 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
         run.folder.faults.add_rollback(back.step, trail.skipped)
         forget_later_steps(run, back, dict(choice.manifest))
         session.tracker.forget_after(back.step)
-    session.watchdog.beat()
     return back
 
 

@@ -15,6 +15,7 @@ from phi3v.data import Dataset
 from phi3v.data.audit import canvas_sizes
 from phi3v.data.mixture import SIZES, Mixture, open_datasets
 from phi3v.data.packing import Budget, Plan, check_fits
+from phi3v.devices import take_device
 from phi3v.errors import ConfigError
 from phi3v.evaluation.held_out import open_held_out
 from phi3v.evaluation.models import check_model
@@ -82,8 +83,7 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
         assert cfg.train.epochs is not None
         steps = plan.count(cfg.train.epochs)
     check_warmup(cfg, steps)
-    has_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.local_rank) if has_cuda else torch.device("cpu")
+    device = take_device(ranks.local_rank, ranks.local_size)
     execution = choose_execution(cfg.model, device, dtype_of(ds))
     if execution.eager_because and ranks.local_rank == 0:
         say(f"kernels of {socket.gethostname()} are not compiled: {execution.eager_because}")

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
+from phi3v.devices import has_cuda
 from phi3v.files import replacing, write_text
 
 ROWS = 40  # of the table
@@ -28,8 +28,7 @@ def profiled(folder: Path, step: int, steps: Collection[int], rank: int) -> Iter
     if step not in steps:
         yield
         return
-    has_cuda = torch.cuda.is_available()
-    devices = [ProfilerActivity.CUDA] if has_cuda else []
+    devices = [ProfilerActivity.CUDA] if has_cuda() else []
     with profile(activities=[ProfilerActivity.CPU, *devices]) as recorded:
         yield
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,6 +37,6 @@ def profiled(folder: Path, step: int, steps: Collection[int], rank: int) -> Iter
         recorded.export_chrome_trace(str(temporary))
         temporary.write_bytes(gzip.compress(temporary.read_bytes(), compresslevel=1))
     if rank == 0:
-        order = f"self_{'device' if has_cuda else 'cpu'}_time_total"
+        order = f"self_{'device' if has_cuda() else 'cpu'}_time_total"
         table = recorded.key_averages().table(sort_by=order, row_limit=ROWS)
         write_text(folder / f"step-{step:08d}-rank{rank}.txt", table)

@@ -28,6 +28,7 @@ import torch
 import torch.distributed
 from transformers.utils.logging import disable_progress_bar
 
+from phi3v.devices import check_visible, has_cuda
 from phi3v.errors import ConfigError, Phi3VError, Stopped
 from phi3v.model.kernels import private_caches
 
@@ -35,6 +36,7 @@ RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
     *("CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 )
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of torch 2.11 on, and before
 GRACE_SECONDS = 10.0  # how long ranks other than 0 leave it to rank 0 to report an error
 STAGGER_SECONDS = 2.0  # per local rank on top: launchers take up to 1 s to end the other ranks
 LINGER_SECONDS = 3.0  # how long rank 0 of an srun step stays, for the others to fail as well
@@ -63,19 +65,25 @@ def set_environment() -> Ranks:
     """Fill in what the launcher left out of the environment; a second call changes nothing.
 
     RANK is set (deepspeed, torchrun): the launcher's values hold. Inside an srun step: Slurm's.
-    Otherwise: one rank, meeting itself on 127.0.0.1. Also sets one thread per rank on a machine
-    without CUDA (two on two busy cores fell from 7 to 0.1 steps/s), DeepSpeed's accelerator, and
-    where ninja is found.
+    Otherwise: one rank, meeting itself on 127.0.0.1. Also sets the threads of a rank, DeepSpeed's
+    accelerator, what torch's allocator and compiler read, and where compiled kernels are kept and
+    ninja is found.
 
-    Raises: ConfigError where variables are missing or contradict each other.
+    Raises: ConfigError where variables are missing or contradict each other, and where there is a
+    GPU that torch does not see.
     """
+    check_visible()  # before the accelerator is set, by which the CPU is asked for
     _set_defaults()
+    cores = len(os.sched_getaffinity(0))
     if "RANK" in os.environ:
         ranks, node, num_nodes = _launcher_ranks()
+        cores //= ranks.local_size
     elif "SLURM_STEP_ID" in os.environ:
         ranks, node, num_nodes = _step_ranks()
+        cores = min(cores, _integer("SLURM_CPUS_PER_TASK", default=cores // ranks.local_size))
     else:
         ranks, node, num_nodes = Ranks(0, 1, 0, 1), 0, 1
+    _set_threads(cores)
     _set_ranks(ranks, node, num_nodes)
     _set_meeting_point(ranks)
     return ranks
@@ -88,16 +96,34 @@ def _set_defaults() -> None:
         os.environ["PATH"] = scripts + os.pathsep + path
     private_caches()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.cuda.is_available():
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or up to 32 processes a rank
+    if not has_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            os.environ["OMP_NUM_THREADS"] = "1"  # read by libraries that are loaded later
-            torch.set_num_threads(1)
+    elif not any(name in os.environ for name in ALLOCATOR):
+        # Every pack has other sizes, and fixed segments would leave holes between them. The
+        # allocator reads this with the first tensor on a device.
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     # torch 2.13 renames two collectives: DeepSpeed's calls of the old names warn 4 times a step
     renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     if not sys.stderr.isatty() or _rank() != "0":  # transformers' bars fill a log with \r
         disable_progress_bar()
+
+
+def _set_threads(cores: int) -> None:
+    """Give this rank's libraries the cores that are its own; what the user set holds.
+
+    On the CPU one thread: two on two busy cores fell from 7 to 0.1 steps/s. torchrun sets 1 itself.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, cores) if has_cuda() else 1
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by libraries that are loaded later
+        torch.set_num_threads(threads)
+
+
+def own_ranks() -> Ranks:
+    """The place that `set_environment` has found and written down."""
+    return _launcher_ranks()[0]
 
 
 def _launcher_ranks() -> tuple[Ranks, int, int]:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from phi3v.config import DeepSpeedConfig, RunConfig, differing_keys, dump_yaml, to_dict
+from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.files import append_json, read_lines, sync, write_json, write_text
 from phi3v.training.faults import FaultLog
@@ -32,7 +33,8 @@ LOCK_SECONDS = 10.0  # that an owner may take to end
 CHANGEABLE = (
     *("run.out", "deepspeed", "train.max_steps", "eval.", "checkpoint.", "wandb.", "tracking."),
     *("model.checkpointing", "model.vision_checkpointing", "model.offload_activations"),
-    *("train.stop_after", "train.hang_timeout", "faults.", "debug.profile_steps"),
+    *("train.stop_after", "train.hang_timeout", "train.start_timeout", "faults."),
+    "debug.profile_steps",
 )
 PACKAGES = (
     *("phi3v", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "pillow", "wandb"),
@@ -228,11 +230,10 @@ def _this_process() -> str:
 
 def describe_environment(world_size: int) -> dict[str, Any]:
     """Host, device, versions and commit of this program."""
-    has_cuda = torch.cuda.is_available()
     return {
         "host": socket.gethostname(),
         "ranks": world_size,
-        "device": torch.cuda.get_device_name() if has_cuda else f"cpu {platform.machine()}",
+        "device": torch.cuda.get_device_name() if has_cuda() else f"cpu {platform.machine()}",
         "python": platform.python_version(),
         "versions": package_versions(),
         "commit": _commit(),

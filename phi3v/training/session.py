@@ -21,6 +21,7 @@ from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress, Saver
 from phi3v.training.checkpoints.store import BEST, LATEST, read_pointer
 from phi3v.training.console import say
+from phi3v.training.meeting import Turn
 from phi3v.training.opening import Run, describe_data, describe_length, dtype_of, load_model
 from phi3v.training.optimizer import parameter_groups
 from phi3v.training.results import best_scores, write_results
@@ -51,7 +52,7 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     random.seed(cfg.run.seed)
     np.random.seed(cfg.run.seed)
     torch.manual_seed(cfg.run.seed)
-    choice = choose(folder.checkpoints, ranks)
+    choice = choose(folder.checkpoints, ranks, watchdog.beat)
     check_length(run, choice.step if choice else 0)
     before = dict(choice.manifest) if choice else {}
     check_data(run, before)
@@ -59,6 +60,7 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     model = load_model(cfg, run.ds)
     model.set_execution(run.execution)
     engine = zero.build_engine(model, parameter_groups(model, cfg), run.ds)
+    zero.set_timeouts(watchdog.limit)  # DeepSpeed has made groups of its own
     watchdog.beat()
     done = restore(engine, choice, ranks)
     if ranks.is_first:
@@ -68,7 +70,16 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
         folder.write_origin(cfg, run.ds, data, ranks.world_size, asdict(run.execution))
         forget_later_steps(run, done, before)
     tracker = start_tracker(run, done.step, before.get("wandb_id"))
-    saver = Saver(engine, folder.checkpoints, cfg.checkpoint, ranks, run.facts())
+    saver = Saver(
+        engine,
+        folder.checkpoints,
+        cfg.checkpoint,
+        ranks,
+        run.facts(),
+        device=run.device,
+        offloaded=run.ds.offloads_optimizer,
+        beat=watchdog.beat,
+    )
     saver.saved_step = choice.step if choice else None
     saver.scores.update(best_scores(folder.read_evaluations(), cfg.checkpoint.best))
     watchdog.beat()
@@ -159,8 +170,17 @@ def save(session: Session, done: Progress) -> None:
     folder, is_first = session.run.folder, session.run.ranks.is_first
     if session.saver.saved_step != done.step:
         size = folder.metrics_bytes if is_first else 0
-        session.saver.save(done, metrics_bytes=size, wandb_id=session.tracker.id)
-    session.watchdog.beat()
+        with session.watchdog.patience():  # the checkpoint before may still be on its way
+            session.saver.save(done, metrics_bytes=size, wandb_id=session.tracker.id)
+
+
+def wait_until_saved(session: Session) -> None:
+    """Wait until what was saved is on disk, however slow that is; all ranks call.
+
+    Raises: CheckpointError on all ranks if one could not write.
+    """
+    with session.watchdog.patience():
+        session.saver.wait()
 
 
 def stop_here(session: Session, done: Progress) -> None:
@@ -169,13 +189,14 @@ def stop_here(session: Session, done: Progress) -> None:
     Raises: Stopped
     """
     save(session, done)
-    session.saver.wait()
-    session.tracker.finish()
+    wait_until_saved(session)
     run = session.run
     reason = session.stop.reason() or "a signal to another rank"
-    if run.ranks.is_first:
-        session.stop.clear_file()
-    zero.leave_together()
+    with session.watchdog.patience():
+        session.tracker.finish()
+        if run.ranks.is_first:
+            session.stop.clear_file()
+        zero.leave_together()
     raise Stopped(
         f"stopped by {reason} after step {done.step} of {run.total_steps}, which is saved in "
         f"{run.folder.checkpoints}; the same command goes on"
@@ -192,9 +213,11 @@ def run_evaluation(session: Session) -> Evaluation | None:
         whole = Phi3VForCausalLM(engine.module.config).to(dtype_of(run.ds))
     whole = whole.to_empty(device=run.device)
     zero.copy_weights(engine.module, whole)
+    turn = Turn("evaluation", run.ranks.world_size)
 
     def tick() -> None:
         session.watchdog.beat()
+        turn.move()
         if session.stop.reason() is not None:
             raise Interrupted
 
@@ -207,9 +230,14 @@ def run_evaluation(session: Session) -> Evaluation | None:
         cfg.eval.batch_rows,
         tick,
     )
+
+    def gather(share: Any) -> list[Any]:
+        turn.wait(session.watchdog.beat)  # for ranks whose answers are longer
+        return zero.gather_objects(share)
+
     place = run.ranks.rank, run.ranks.world_size
     try:
-        return evaluate(generator, cfg.data.folders, cfg.eval, *place, zero.gather_objects)
+        return evaluate(generator, cfg.data.folders, cfg.eval, *place, gather)
     except Interrupted:
         return None
 
@@ -223,7 +251,7 @@ def finish(session: Session, done: Progress) -> None:
     evaluation = run_evaluation(session) if session.run.cfg.eval.rows else None
     if session.run.cfg.eval.rows and evaluation is None:
         stop_here(session, done)
-    session.saver.wait()
+    wait_until_saved(session)
     report(session, evaluation, done, is_finished=True)
     log_checkpoint(session, done)
 

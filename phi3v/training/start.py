@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from phi3v.config import (
     DeepSpeedConfig,
     RunConfig,
@@ -14,6 +12,7 @@ from phi3v.config import (
     load_deepspeed,
     load_recipe,
 )
+from phi3v.devices import has_cuda
 from phi3v.training.ranks import Ranks
 
 
@@ -26,15 +25,15 @@ def load_run(
     """
     own, of_json = deepspeed_overrides(overrides)
     cfg = load_recipe(RunConfig, Path(recipe), own)
-    ds = load_deepspeed(deepspeed_file(cfg, torch.cuda.is_available()), ranks.world_size, of_json)
+    ds = load_deepspeed(deepspeed_file(cfg), ranks.world_size, of_json)
     check(cfg, ds)
     return cfg, ds
 
 
-def deepspeed_file(cfg: RunConfig, has_cuda: bool) -> Path:
-    """The DeepSpeed JSON of a recipe on a kind of device."""
+def deepspeed_file(cfg: RunConfig) -> Path:
+    """The DeepSpeed JSON of a recipe on this kind of device."""
     if cfg.deepspeed is None:
-        return default_deepspeed(has_cuda)
+        return default_deepspeed(has_cuda())
     if isinstance(cfg.deepspeed, str):
         return Path(cfg.deepspeed)
-    return Path(cfg.deepspeed.cuda if has_cuda else cfg.deepspeed.cpu)
+    return Path(cfg.deepspeed.cuda if has_cuda() else cfg.deepspeed.cpu)

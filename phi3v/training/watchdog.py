@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -36,37 +36,65 @@ LAUNCHERS = {
 
 
 class Watchdog:
-    """Ends this process, and says where it stood, when it has not beaten for `timeout` seconds.
+    """Ends this process, and says where it stood, when it has not beaten for too long.
+
+    timeout        seconds that a step, or a batch of an evaluation, may take
+    start_timeout  seconds for what is done once and takes longer, where it is more: the start until
+                   `settle` is called, and what is done in `patience`
+    told           is called with the limit whenever it changes: it is that of collectives as well
 
     Beat after everything that all ranks finish together: a step, an evaluated batch, a save. The
     stacks go to stderr and to RUN/stacks/rank-00003.txt. Other ranks wait for the one that hangs,
     so all dumps come at about the same time.
     """
 
-    def __init__(self, timeout: float, folder: Path, rank: int) -> None:
-        self._timeout = timeout
+    def __init__(
+        self,
+        timeout: float,
+        folder: Path,
+        rank: int,
+        start_timeout: float = 0.0,
+        told: Callable[[float], None] = lambda limit: None,
+    ) -> None:
+        self._timeouts = timeout, max(timeout, start_timeout)
         self._path = folder / "stacks" / f"rank-{rank:05d}.txt"
         self._rank = rank
+        self._told = told
         self._last = time.monotonic()
-        self._pauses = 0
+        self._is_starting, self._is_patient = True, False
         self._is_closed = threading.Event()
         faulthandler.enable(STDERR)  # a crash in C (SIGSEGV, SIGABRT) shows its stacks as well
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
+    @property
+    def limit(self) -> float:
+        """Seconds of silence that are allowed now."""
+        return self._timeouts[self._is_starting or self._is_patient]
+
     def beat(self) -> None:
         """Say that this rank goes on."""
         self._last = time.monotonic()
 
+    def settle(self) -> None:
+        """Say that the start is over; all ranks call at the same step, and may call again."""
+        if self._is_starting:
+            self._allow(starting=False, patient=self._is_patient)
+
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Allow any silence inside, for work whose time nobody can tell."""
-        self._pauses += 1
+    def patience(self) -> Iterator[None]:
+        """Allow what is inside the time of a start: disks may be slow. All ranks call together."""
+        before = self._is_patient
+        self._allow(starting=self._is_starting, patient=True)
         try:
             yield
         finally:
-            self.beat()
-            self._pauses -= 1
+            self._allow(starting=self._is_starting, patient=before)
+
+    def _allow(self, starting: bool, patient: bool) -> None:
+        self.beat()  # before the watching thread can see a shorter limit
+        self._is_starting, self._is_patient = starting, patient
+        self._told(self.limit)
 
     def close(self) -> None:
         """Stop watching."""
@@ -74,20 +102,20 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._is_closed.wait(min(1.0, self._timeout / 10)):
-            faulthandler.dump_traceback_later(self._timeout, exit=True, file=STDERR)
-            if self._pauses:
-                self.beat()
+        while not self._is_closed.wait(min(1.0, self._timeouts[0] / 10)):
+            limit = self.limit
+            faulthandler.dump_traceback_later(limit, exit=True, file=STDERR)
             silence = time.monotonic() - self._last
-            if silence > self._timeout:
-                self._end(silence)
+            if silence > limit:
+                self._end(silence, limit)
         faulthandler.cancel_dump_traceback_later()
 
-    def _end(self, silence: float) -> NoReturn:
+    def _end(self, silence: float, limit: float) -> NoReturn:
         """Write the stacks, to stderr first: a disk that hangs may be the cause."""
+        key = "train.hang_timeout" if limit == self._timeouts[0] else "train.start_timeout"
         line = (
             f"rank {self._rank}: nothing was finished for {silence:.0f} s, longer than "
-            f"train.hang_timeout {self._timeout:g} s; its stacks are below and in {self._path}, "
+            f"{key} {limit:g} s; its stacks are below and in {self._path}, "
             "and the rank that stands elsewhere than the others is the cause\n"
         )
         try:

@@ -11,25 +11,50 @@ import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from phi3v.config import DeepSpeedConfig, Module
+from phi3v.devices import check_shared_memory, take_device
 from phi3v.errors import Phi3VError
 from phi3v.model import LAYERS
 from phi3v.model.weights import WeightFiles, check_shapes, parameter_places
 from phi3v.training.extensions import load_extensions
+from phi3v.training.meeting import Turn, meet
 from phi3v.training.norms import module_norms, record_norms
+from phi3v.training.ranks import Ranks, own_ranks
 
 Result = TypeVar("Result")
 MARGIN_SECONDS = 60.0  # a hang is the watchdog's, which shows where; then the collective gives up
 
 
-def start_process_group(hang_seconds: float = 1800.0) -> None:
-    """Join the other ranks (nccl on CUDA, gloo elsewhere)."""
-    timeout = timedelta(seconds=hang_seconds + MARGIN_SECONDS)
+def start_process_group(seconds: float = 1800.0) -> torch.device:
+    """Take this rank's device, and only then join the other ranks (nccl on CUDA, gloo elsewhere).
+
+    seconds  how long the others may take to come, and a collective until `set_timeouts`
+    Raises: ConfigError on all ranks if they cannot meet, or have not a device each.
+    """
+    ranks = own_ranks()
+    device = take_device(ranks.local_rank, ranks.local_size)
+    check_shared_memory(ranks.local_size)
+    server = meet(ranks, device, seconds)
+    timeout = timedelta(seconds=seconds + MARGIN_SECONDS)
     # On CPU DeepSpeed would compile an operator here, for inference alone: half a minute, a lock
     # that a killed start leaves, and 69 MB of shared memory a rank.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(timeout=timeout, verbose=False)
+    del server  # the process group has found it
+    return device
+
+
+def set_timeouts(seconds: float) -> None:
+    """Let collectives of every group begin to fail after so many seconds and a margin.
+
+    Those that DeepSpeed made for itself as well, which have NCCL's 10 minutes or gloo's 30 whatever
+    the group had that they were made from. All ranks call, between two collectives.
+    """
+    timeout = timedelta(seconds=seconds + MARGIN_SECONDS)
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def leave_together() -> None:
@@ -146,6 +171,23 @@ def first_rank_does(task: Callable[[], Result], is_first: bool) -> Result | None
     if failure[0] is not None:
         raise failure[0]
     return result
+
+
+def first_rank_does_slowly(
+    name: str, task: Callable[[], Result], ranks: Ranks, beat: Callable[[], None]
+) -> Result | None:
+    """The same for what may take minutes: the others wait outside of any collective."""
+    turn = Turn(name, ranks.world_size)
+
+    def do() -> Result:
+        try:
+            return task()
+        finally:
+            turn.wait(beat)
+
+    if not ranks.is_first:
+        turn.wait(beat)
+    return first_rank_does(do, ranks.is_first)
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str) -> None:

@@ -327,6 +327,17 @@ def test_auto_is_refused_wherever_it_stands(key: str, changes: dict[str, Any]) -
             "reads every gradient as float16, whatever it is",
         ),
         (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio must be 1.0, got 0.5; DeepSpeed 0.19.8 "
+            "steps the rest by an optimizer that is in no checkpoint and has no learning rate of "
+            "ours",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}},
+            "zero_optimization.offload_optimizer.super_offload must be false, got true; DeepSpeed "
+            "0.19.8 keeps the moments in a process of their own, and no checkpoint has them",
+        ),
+        (
             {"bf16": {"check_grad_overflow": False}},
             "bf16.check_grad_overflow must be true, got false; the stages 1 and 2 would put a "
             "gradient that is not a number into the weights; stage 3 checks always",

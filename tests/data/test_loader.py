@@ -86,8 +86,9 @@ def names(step: Step) -> list[tuple[str, ...]]:
 
 def assert_equal(one: Batch, other: Batch) -> None:
     assert (one.ids, one.segment_lengths) == (other.ids, other.segment_lengths)
-    assert len(one.tensors) == len(other.tensors)
-    assert all(map(torch.equal, one.tensors, other.tensors))
+    assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.labels, other.labels)
+    for canvas, expected in zip(one.canvases, other.canvases, strict=True):
+        assert torch.equal(canvas, expected)
 
 
 def assert_goes_on(rest: list[Step], expected: list[Step]) -> None:
@@ -387,8 +388,8 @@ def test_batches_on_cuda_are_those_of_the_packs(folder: Path) -> None:
     loader = Loader(dataset, make_plan(dataset), 0, 1, device)
     with closing(loader.steps(START)) as steps:
         for step in islice(steps, 20):
-            assert all(t.is_pinned() for b in step.batches for t in b.tensors if b.ids)
+            assert all(c.is_pinned() for b in step.batches for c in b.canvases)
             for pack, sent in zip(step.packs, loader.on_device(step.batches), strict=True):
-                assert all(tensor.is_cuda for tensor in sent.tensors)
+                assert all(canvas.is_cuda for canvas in sent.canvases)
                 on_host = sent.to(torch.device("cpu"))
                 assert_equal(on_host, collate([dataset[int(i)] for i in pack]))

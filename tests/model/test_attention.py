@@ -140,6 +140,21 @@ def test_segments_say_where_each_sample_begins_and_ends() -> None:
     assert segments.boundaries.dtype == torch.int32
 
 
+@pytest.mark.parametrize(
+    ("longest", "boundaries"),
+    [
+        (5, torch.tensor([0, 5])),
+        (5, torch.tensor([0, 0, 5, 5], dtype=torch.int32)[::2]),
+        (torch.tensor(5), torch.tensor([0, 5], dtype=torch.int32)),
+    ],
+)
+def test_segments_that_a_kernel_would_refuse_are_refused_everywhere(
+    longest: Any, boundaries: Tensor
+) -> None:
+    with pytest.raises(AssertionError):
+        Segments((5,), longest, boundaries)
+
+
 @pytest.mark.usefixtures("_kernels_written_out")
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("window", WINDOWS)
@@ -312,7 +327,10 @@ def test_a_flash_backend_is_refused_without_cuda(wanted: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "capability", "dtype", "reason"),
     [
-        ("flash", (9, 0), BF16, "`import flash_attn` fails; install the package"),
+        (
+            *("flash", (9, 0), BF16),
+            r"fails; pip install -e '\.\[flash-attn\]', see docs/install.md; set model",
+        ),
         ("varlen", (9, 0), FP32, "in bfloat16 or float16, these are torch.float32"),
         ("varlen", (7, 5), BF16, "compute capability 8.0 or more, this is 7.5"),
         ("varlen", (8, 0), BF16, "was built without flash attention"),

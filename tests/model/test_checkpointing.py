@@ -125,6 +125,27 @@ def test_what_was_written_into_a_kept_product_is_not_written_again(how: Checkpoi
     assert_equal(gradients(case, how), gradients(case, "none"))
 
 
+class Forgetful(nn.Module):
+    """Drops a product as soon as it is used, and writes into what then lies in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scale = self.inner(hidden).mean(-1, keepdim=True)
+        fresh = [hidden.clone() for _ in range(20)]
+        for copy in fresh:
+            copy += 1
+        return hidden + self.outer(torch.sin(torch.stack(fresh)).sum(0) * scale)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_memory_of_a_kept_product_that_is_used_again_is_written_again(how: Checkpointing) -> None:
+    case: Case = (Forgetful(), {})
+    assert_equal(gradients(case, how), gradients(case, "none"))
+
+
 class Normed(nn.Module):
     """A layer that breaks the rule: its last product's result is needed for a gradient."""
 

@@ -1,9 +1,12 @@
 """The head's loss is that of full logits, gradients included, and never makes them."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,10 +18,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from phi3v.errors import ConfigError
-from phi3v.model.loss import CHUNK, Head, choose_loss, chunked_loss, liger_loss
+from phi3v.model.loss import (
+    CHUNK,
+    Head,
+    _add_product,
+    choose_loss,
+    chunked_loss,
+    liger_loss,
+)
 
 WIDTH, VOCABULARY = 16, 48
 FACTOR = 0.37  # what the engine multiplies the loss by
+BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
 FASTEST = torch.device("cuda") if torch.cuda.is_available() else CPU
 PUBLISHED_WIDTH, PUBLISHED_VOCABULARY = 3072, 32064
@@ -27,7 +38,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 needs_liger = pytest.mark.skipif(
     find_spec("liger_kernel") is None
     or not (torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ),
-    reason="no liger-kernel, or neither a CUDA device nor TRITON_INTERPRET=1",
+    reason="no liger-kernel (pip install -e '.[kernels]'), or neither CUDA nor TRITON_INTERPRET=1",
 )
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -223,23 +234,78 @@ def test_the_head_does_not_give_liger_what_it_cannot_do(tokens: int, trained: st
     assert head.weight.grad is not None and bool(head.weight.grad.any()) == bool(tokens)
 
 
-def test_the_loss_that_is_wanted_is_chosen_or_refused() -> None:
-    assert choose_loss("auto", CPU) == choose_loss("chunked", CPU) == "chunked"
-    assert choose_loss("chunked", torch.device("cuda")) == "chunked"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("wanted", ["auto", "chunked"])
+def test_our_own_loss_is_taken_unless_another_is_named(
+    wanted: Literal["auto", "chunked"], device: str
+) -> None:
+    """Liger's, which waits for the device at each pack, even where it is installed."""
+    assert choose_loss(wanted, torch.device(device)) == "chunked"
+
+
+def test_liger_is_refused_without_cuda() -> None:
     with pytest.raises(ConfigError, match="model.loss is 'liger'.* this one is cpu; use 'auto'"):
         choose_loss("liger", CPU)
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
-def test_liger_is_chosen_only_where_it_is_installed() -> None:
-    assert choose_loss("auto", torch.device("cuda")) == "chunked"
-    with pytest.raises(ConfigError, match="liger-kernel is not installed; use 'auto'"):
+def test_liger_is_refused_where_it_is_not_installed() -> None:
+    with pytest.raises(ConfigError, match=r"not installed \(pip install -e '\.\[kernels\]'\); use"):
         choose_loss("liger", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("import no_such_triton", "ModuleNotFoundError: No module named 'no_such_triton'"),
+        ("raise RuntimeError('0 active\\ndrivers')", "RuntimeError: 0 active; use"),
+        ("raise OSError", "OSError: no message"),
+    ],
+)
+def test_a_liger_that_cannot_be_imported_is_refused_in_a_line(
+    line: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").write_text(line)
+    for name in [name for name in sys.modules if name.split(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as refusal:
+        choose_loss("liger", torch.device("cuda"))
+    assert f"`import liger_kernel` fails with {reason}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtypes"),
+    [
+        ((BF16, FP32, torch.int64), "a product of torch.bfloat16 and torch.float32"),
+        ((BF16, BF16, torch.int32), "torch.int32"),
+    ],
+)
+def test_dtypes_that_a_kernel_would_refuse_are_refused_everywhere(
+    given: tuple[torch.dtype, ...], dtypes: str
+) -> None:
+    tensors = [t.to(dtype) for t, dtype in zip(inputs(5), given, strict=True)]
+    with pytest.raises(AssertionError, match=dtypes):
+        chunked_loss(*tensors)
+
+
+@pytest.mark.parametrize(
+    ("total", "left", "right"),
+    [(BF16, FP32, FP32), (FP32, BF16, FP32), (torch.float64, BF16, BF16)],
+)
+def test_a_product_that_cuda_has_not_is_refused_everywhere(
+    total: torch.dtype, left: torch.dtype, right: torch.dtype
+) -> None:
+    with pytest.raises(AssertionError, match=f"a product of {left} and {right} into {total}"):
+        _add_product(
+            torch.zeros(2, 2, dtype=total), *(torch.ones(2, 2, dtype=d) for d in (left, right))
+        )
 
 
 @needs_liger
 def test_liger_is_chosen_where_it_is_installed() -> None:
-    assert choose_loss("auto", torch.device("cuda")) == "liger"
     assert choose_loss("liger", torch.device("cuda")) == "liger"
 
 
@@ -258,6 +324,22 @@ def test_liger_gives_the_same_loss_and_gradients(tokens: int, trained: str) -> N
 def test_liger_in_bf16_is_as_exact_as_full_logits() -> None:
     given = inputs(200, torch.bfloat16, FASTEST)
     assert_exact_in_bf16(gradients(liger_loss, *given), *given)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("liger_kernel") is None or find_spec("triton") is None,
+    reason="no liger-kernel or triton (pip install -e '.[kernels]')",
+)
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="runs in Triton's interpreter already")
+def test_the_tests_of_liger_pass_in_tritons_interpreter() -> None:
+    """Which computes on a CPU what a kernel would on a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "liger", __file__]
+    ran = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "nor TRITON_INTERPRET" not in ran.stdout, "Liger's tests were skipped"
 
 
 @needs_cuda

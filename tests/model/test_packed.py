@@ -200,6 +200,21 @@ def test_a_pack_without_a_trained_token_has_loss_and_gradients_of_zero(
             assert gradient is not None and not gradient.any(), name
 
 
+@pytest.mark.parametrize("replaced", [-1, 5])
+def test_images_that_do_not_fill_their_places_are_refused(
+    model: Phi3VForCausalLM, replaced: int
+) -> None:
+    """A place more, which nothing fills, or one less, so that a vector would be left over."""
+    inputs = pack(samples_of("text and images"))
+    of_image = inputs["input_ids"][0] < 0
+    changed = int((of_image if replaced > 0 else ~of_image).nonzero()[0, 0])
+    inputs["input_ids"][0, changed] = replaced
+    with pytest.raises(
+        (RuntimeError, IndexError), match="index_copy_?\\(\\).*[Nn]umber of indices"
+    ):
+        model(**inputs)
+
+
 def test_a_label_on_a_first_token_is_nobodys_target(model: Phi3VForCausalLM) -> None:
     samples = samples_of("text")
     inputs = pack(samples)

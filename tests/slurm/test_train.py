@@ -105,6 +105,21 @@ def test_a_task_count_that_differs_from_the_gpus_is_refused(
     )
 
 
+def test_gpus_that_torch_does_not_see_are_refused_unless_the_cpu_is_asked_for(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The cluster's GPUs are null devices, of use to nobody."""
+    put(tmp_path, MEETING)
+    options = ("--ntasks-per-node=2", "--gpus-per-node=2")
+    job = submit(cluster, tmp_path, *options)
+    assert job.exit_code == "2:0", job.output
+    assert job.output.count("ConfigError: ") == 1, job.output
+    assert "SLURM_GPUS_ON_NODE=2), but torch sees no GPU (torch " in job.output
+    job = cluster.submit(tmp_path, *on_two_nodes(*options, DS_ACCELERATOR="cpu"))
+    assert job.state == "COMPLETED", job.output
+    assert "world=4 sum=6" in job.output
+
+
 def test_a_folder_that_is_no_checkout_and_a_missing_python_are_refused(tmp_path: Path) -> None:
     """Before the script asks Slurm for anything: so no cluster is needed here."""
     environment = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}

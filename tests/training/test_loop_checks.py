@@ -1,7 +1,9 @@
 """What is checked before a run starts anything slow, or writes anything."""
 
 import json
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +13,22 @@ from phi3v.config.check import SMOKE_STEPS
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError, ConfigError, Diverged, ShardError
 from phi3v.prepare import prepare
+from phi3v.training.checkpoints.saving import Progress
 from phi3v.training.loop import train
 from phi3v.training.opening import Run, describe_length, open_run
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder
-from phi3v.training.session import check_data, check_length, tell_start
+from phi3v.training.session import (
+    Session,
+    check_data,
+    check_length,
+    save,
+    tell_start,
+    wait_until_saved,
+)
 from phi3v.training.stopping import StopRequests
+from phi3v.training.tracking import Tracker
+from phi3v.training.watchdog import Watchdog
 from tests.tiny import make_model, product_recipe, write_samples
 
 DEEPSPEED = load_deepspeed(default_deepspeed(has_cuda=False), world_size=2)
@@ -294,3 +306,18 @@ def test_a_start_says_with_which_step_a_run_goes_on(
 def test_a_sink_that_cannot_work_is_refused_before_the_ranks_meet(values: dict[str, Any]) -> None:
     message = refusal(values, "wandb.log_checkpoint=best")
     assert message.startswith("wandb.log_checkpoint is 'best', but checkpoint.best names nothing")
+
+
+def test_waiting_for_a_disk_has_the_time_of_a_start(tmp_path: Path) -> None:
+    """A checkpoint of 50 GB takes a slow disk longer than a step may last."""
+    limits: list[float] = []
+    with closing(Watchdog(60, tmp_path, 0, 90)) as dog:
+        dog.settle()
+        saver: Any = SimpleNamespace(wait=lambda: limits.append(dog.limit), saved_step=None)
+        saver.save = lambda *args, **kwargs: limits.append(dog.limit)
+        nobody: Any = None
+        run: Any = SimpleNamespace(folder=nobody, ranks=Ranks(1, 2, 1, 2))
+        session = Session(run, nobody, saver, Tracker(None), nobody, dog)
+        wait_until_saved(session)
+        save(session, Progress(3))
+        assert (limits, dog.limit) == ([90, 90], 60)

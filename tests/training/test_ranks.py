@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed
 
+from phi3v import devices
 from phi3v.errors import ConfigError, Stopped
 from phi3v.training.ranks import (
     RANK_VARIABLES,
@@ -70,13 +71,15 @@ SALLOC_SHELL = BATCH_SCRIPT | {
 
 
 @pytest.fixture(autouse=True)
-def _bare_machine() -> Iterator[None]:
+def _bare_machine(tmp_path: Path) -> Iterator[None]:
     """A machine without CUDA and launcher variables; all is as it was afterwards."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     threads = torch.get_num_threads()
     with (
         mock.patch.dict(os.environ, kept, clear=True),
         mock.patch("torch.cuda.is_available", lambda: False),
+        mock.patch.object(devices, "DRIVER", tmp_path / "driver"),
+        mock.patch.object(devices, "NODES", tmp_path),
         warnings.catch_warnings(),
     ):
         yield
@@ -163,12 +166,71 @@ def test_a_machine_without_cuda_gets_one_thread_per_rank() -> None:
 
 
 def test_what_the_user_set_is_kept() -> None:
-    chosen = {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "xpu", "TOKENIZERS_PARALLELISM": "true"}
+    chosen = {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "true"}
+    chosen |= {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
     os.environ.update(chosen)
     torch.set_num_threads(2)
     set_environment()
     assert {name: os.environ[name] for name in chosen} == chosen
     assert torch.get_num_threads() == 2
+
+
+def cores(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(number)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "number", "threads"),
+    [
+        ({}, 12, "12"),
+        (DEEPSPEED, 12, "6"),  # the launcher's ranks share what it may use
+        (DEEPSPEED, 1, "1"),
+        (STEP_WITH_ADDRESS, 12, "6"),
+        # srun has given this task its own cores, or has bound none of them
+        (STEP_WITH_ADDRESS | {"SLURM_CPUS_PER_TASK": "12"}, 12, "12"),
+        (STEP_WITH_ADDRESS | {"SLURM_CPUS_PER_TASK": "12"}, 96, "12"),
+        (DEEPSPEED | {"OMP_NUM_THREADS": "3"}, 12, "3"),
+        (DEEPSPEED | {"DS_ACCELERATOR": "cpu"}, 12, "1"),
+    ],
+)
+def test_ranks_on_gpus_share_the_cores_of_their_host(
+    variables: dict[str, str], number: int, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(monkeypatch, number)
+    os.environ.update(variables)
+    set_environment()
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_the_allocator_and_the_compiler_get_their_defaults_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cores(monkeypatch, 2)
+    set_environment()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    assert "DS_ACCELERATOR" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_an_allocator_that_was_set_is_left_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(monkeypatch, 2)
+    os.environ[name] = "max_split_size_mb:512"
+    set_environment()
+    found = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
+    assert found == {name: "max_split_size_mb:512"}
+
+
+def test_a_gpu_that_torch_does_not_see_is_refused_before_the_cpu_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "driver").write_text("Kernel Module  535.104.05  Sat Aug 19\n")
+    with pytest.raises(ConfigError, match=r"has a GPU \(NVIDIA driver 535.104.05, for CUDA 12 "):
+        set_environment()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    assert set_environment().is_first
 
 
 def test_the_build_tool_of_extensions_is_looked_for_beside_python() -> None:

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from signal import SIGINT, SIGUSR1
 
 import psutil
 import pytest
 
+from phi3v.training import watchdog
 from phi3v.training.ranks import free_port
 from tests.commands import LAUNCH, deepspeed, kill, start, torchrun
 from tests.training.bare import BARE
@@ -238,7 +240,7 @@ from contextlib import closing
 from pathlib import Path
 from phi3v.training.watchdog import Watchdog
 
-with closing(Watchdog({timeout}, Path(sys.argv[1]), 0)) as dog:
+with closing(Watchdog({timeout}, Path(sys.argv[1]), 0, {start_timeout})) as dog:
     {body}
 time.sleep(0.3)
 print("left")
@@ -246,21 +248,55 @@ print("left")
 )
 
 
-def run_alone(folder: Path, timeout: float, body: str) -> "subprocess.CompletedProcess[str]":
-    program = ALONE.format(timeout=timeout, body=body)
+def run_alone(
+    folder: Path, timeout: float, body: str, start_timeout: float = 0.0
+) -> "subprocess.CompletedProcess[str]":
+    program = ALONE.format(timeout=timeout, start_timeout=start_timeout, body=body)
     return subprocess.run(
         [sys.executable, "-c", program, folder], capture_output=True, text=True, timeout=60
     )
 
 
-def test_beats_and_pauses_keep_a_process_alive_and_a_closed_watchdog_is_none(
+def test_beats_and_patience_keep_a_process_alive_and_a_closed_watchdog_is_none(
     tmp_path: Path,
 ) -> None:
-    """Silence ends at each beat, a pause may last, and after the end nothing is watched."""
-    body = "[(time.sleep(0.1), dog.beat()) for _ in range(8)]; p = dog.pause(); p.__enter__(); "
-    done = run_alone(tmp_path, 0.25, body + "time.sleep(0.6); p.__exit__(None, None, None)")
+    """Silence ends at each beat, patience lasts, and at the end nothing is watched."""
+    body = "[(time.sleep(0.1), dog.beat()) for _ in range(8)]; p = dog.patience(); p.__enter__(); "
+    body += "time.sleep(0.6); p.__exit__(None, None, None)"
+    done = run_alone(tmp_path, 0.25, "dog.settle(); " + body, start_timeout=5)
     assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_may_take_longer_than_a_step_until_it_is_over(tmp_path: Path) -> None:
+    body = "time.sleep(1); print('started', flush=True); dog.settle(); time.sleep(60)"
+    done = run_alone(tmp_path, 0.3, body, start_timeout=5)
+    assert (done.returncode, done.stdout) == (1, "started\n")
+    assert "longer than train.hang_timeout 0.3 s; its stacks" in done.stderr
+
+
+def test_a_start_that_hangs_is_ended_as_well(tmp_path: Path) -> None:
+    done = run_alone(tmp_path, 0.2, "time.sleep(60)", start_timeout=0.6)
+    assert done.returncode == 1
+    assert "longer than train.start_timeout 0.6 s; its stacks" in done.stderr
+
+
+def test_whoever_is_told_of_the_limit_hears_of_every_change(tmp_path: Path) -> None:
+    told: list[float] = []
+    with closing(watchdog.Watchdog(60, tmp_path, 0, 90, told.append)) as dog:
+        assert dog.limit == 90
+        with dog.patience():
+            pass
+        dog.settle()
+        dog.settle()
+        with dog.patience():
+            assert dog.limit == 90
+    assert told == [90, 90, 60, 90, 60]
+
+
+def test_a_start_is_never_shorter_than_a_step(tmp_path: Path) -> None:
+    with closing(watchdog.Watchdog(60, tmp_path, 0, 30)) as dog:
+        assert dog.limit == 60
 
 
 def test_a_process_that_never_lets_the_gil_go_is_ended_with_its_stack(tmp_path: Path) -> None:

@@ -142,6 +142,136 @@ def test_memory_is_kept_from_checkpoint_to_checkpoint(tmp_path: Path) -> None:
     assert page_faults(lambda: copy(prepared)) < 1000
 
 
+def offloaded_writer(optimizer: torch.optim.Optimizer | None = None) -> Writer:
+    writer = Writer(offloaded=True)
+    writer.guard(optimizer or torch.optim.SGD([torch.nn.Parameter(torch.ones(()))]))
+    return writer
+
+
+def test_the_state_of_an_offloaded_optimizer_is_not_held_twice(tmp_path: Path) -> None:
+    """64 MB are 16,384 pages: of a second copy, a buffer, or memory that is got beforehand."""
+    state = {"weight": torch.ones(1 << 24), "moments": [torch.ones(1 << 10)]}
+    writer = offloaded_writer()
+
+    def write() -> None:
+        writer.prepare(state)
+        save(writer, tmp_path, a=state)
+        writer.finish()
+
+    write()
+    assert page_faults(write) < 2000
+    assert torch.equal(load(tmp_path, "a")["weight"], state["weight"])
+
+
+def test_a_step_of_an_offloaded_optimizer_waits_until_its_state_is_on_the_disk(
+    tmp_path: Path, gate: Gate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not save, nor end; a view, which is copied, holds nothing up beyond its copy."""
+    monkeypatch.setattr(module, "ANNOUNCE_SECONDS", 0.05)
+    parameter = torch.nn.Parameter(torch.ones(1000))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    writer = offloaded_writer(optimizer)
+    state = {"gate": gate, "weight": parameter, "view": parameter[5:8]}
+    save(writer, tmp_path, a=state)
+    assert writer.is_busy
+    threading.Timer(0.2, gate.open.set).start()
+    parameter.grad = torch.ones(1000)
+    optimizer.step()
+    assert (tmp_path / "a.pt").stat().st_size > 4000, "the step came before the file"
+    assert f" s for {tmp_path} to be written; save less often" in capsys.readouterr().err
+    writer.finish()
+    read = load(tmp_path, "a")
+    assert torch.equal(read["weight"], torch.ones(1000)) and not parameter.any()
+    assert read["view"].tolist() == [1, 1, 1] and read["view"].untyped_storage().nbytes() == 12
+    optimizer.step()
+    assert not capsys.readouterr().err
+
+
+def test_without_a_guard_the_end_waits_for_what_is_written_as_it_lies(tmp_path: Path) -> None:
+    writer, weight = Writer(offloaded=True), torch.ones(1 << 22)
+    save(writer, tmp_path, a={"weight": weight})
+    weight.zero_()
+    writer.finish()
+    assert load(tmp_path, "a")["weight"].all()
+
+
+def test_a_step_that_waits_for_a_slow_disk_is_not_taken_for_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beats come with the pieces that are written, while a step waits, and at no other time."""
+    monkeypatch.setattr(module, "PIECE_BYTES", 1 << 12)
+    parameter = torch.nn.Parameter(torch.ones(1 << 14))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    writer, beats = Writer(offloaded=True), []
+    gates = [Gate(), Gate()]
+    writer.guard(optimizer, lambda: beats.append(1))
+    save(writer, tmp_path, a={"weight": torch.ones(1 << 14)}, b=[gates[0], parameter])
+    gates[0].open.set()
+    writer.finish()
+    assert not beats
+    save(writer, tmp_path, b=[gates[1], parameter])
+    threading.Timer(0.1, gates[1].open.set).start()
+    optimizer.step()
+    assert len(beats) >= 16
+
+
+def test_a_failure_lets_the_step_go_on_and_is_an_error(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1000))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    writer = offloaded_writer(optimizer)
+    (tmp_path / "a.pt").symlink_to("/dev/full")
+    save(writer, tmp_path, a={"weight": parameter}, b={"weight": parameter})
+    optimizer.step()
+    with pytest.raises(CheckpointError, match="No space left"):
+        writer.finish()
+
+
+class Cuda:
+    """What torch.cuda and a device would be told, in order; the copies are made at once."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            self.told.append(f"{name} in {threading.current_thread().name}")
+            return self
+
+        return note
+
+    def __enter__(self) -> "Cuda":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.told.append("end of stream")
+
+
+def test_copies_from_cuda_wait_for_the_device_and_the_thread_for_its_own_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for torch.cuda: there is no device here. Nothing waits for the whole device."""
+    cuda = Cuda()
+    monkeypatch.setattr(module.torch, "cuda", cuda)
+    monkeypatch.setattr(
+        module, "copy_all", lambda copies: [to.copy_(of) for to, of in copies] + [cuda.copies()]
+    )
+    writer = Writer(torch.device("cuda", 3))
+    writer.guard(torch.optim.SGD([torch.nn.Parameter(torch.ones(()))]))
+    save(writer, tmp_path, a={"weight": torch.ones(3)})
+    writer.finish()
+    main, own = f" in {threading.current_thread().name}", " in checkpoint writer"
+    assert cuda.told[0] == "Stream" + main
+    assert "set_device" + own in cuda.told
+    assert cuda.told.index("set_device" + own) < cuda.told.index("wait_event" + own)
+    assert cuda.told.index("record_event" + main) < cuda.told.index("wait_event" + own)
+    assert [told for told in cuda.told if told.endswith((own, "stream"))] == [
+        *(told + own for told in ("set_device", "stream", "wait_event", "copies", "Event")),
+        *(told + own for told in ("record_event", "synchronize")),
+        "end of stream",
+    ]
+    assert torch.equal(load(tmp_path, "a")["weight"], torch.ones(3))
+
+
 def test_a_checkpoint_waits_for_the_one_before_and_says_so(
     tmp_path: Path, gate: Gate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,11 +344,19 @@ def test_what_goes_wrong_after_the_files_is_an_error_of_the_checkpoint(
 
 
 @pytest.mark.slow
-def test_an_engine_saved_in_training_is_what_deepspeed_itself_saves(tmp_path: Path) -> None:
-    """Loaded by both ways it trains alike; the files hold the same, bit for bit."""
+@pytest.mark.parametrize("offload", [(), ("offload",)], ids=["copied", "offloaded"])
+def test_an_engine_saved_in_training_is_what_deepspeed_itself_saves(
+    offload: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Loaded by both ways it trains alike; the files hold the same, bit for bit.
+
+    A copy takes the 25 MB of the state. Offloaded, nothing does: 0 MB were seen.
+    """
     script = Path(__file__).with_name("writing.py")
-    done = run(sys.executable, script, tmp_path, cwd=ROOT, PYTHONPATH=str(ROOT))
+    done = run(sys.executable, script, tmp_path, *offload, cwd=ROOT, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
+    taken = int(re.findall(r"took (-?\d+) MB more", done.stdout)[0])
+    assert taken < 10 if offload else taken > 20
     names = [
         "zero_pp_rank_0_mp_rank_00_model_states.pt",
         "zero_pp_rank_0_mp_rank_00_optim_states.pt",

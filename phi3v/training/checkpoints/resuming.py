@@ -1,12 +1,12 @@
 """Taking a run up again: the newest whole checkpoint, for any number of ranks.
 
-choice = choose(folder, ranks)            # before the engine is built
+choice = choose(folder, ranks, beat)      # before the engine is built
 done = restore(engine, choice, ranks)
 """
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from phi3v.data.packing import Position
+from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError
 from phi3v.training import zero
 from phi3v.training.checkpoints.convert import convert, load
@@ -44,7 +45,9 @@ class Choice:
         return int(self.manifest["step"])
 
 
-def choose(folder: Path, ranks: Ranks, before: int | None = None) -> Choice | None:
+def choose(
+    folder: Path, ranks: Ranks, beat: Callable[[], None], before: int | None = None
+) -> Choice | None:
     """Find the newest whole checkpoint, with every byte of it read; None if there never was one.
 
     A damaged one is named and passed over. One of another number of ranks is converted. All ranks
@@ -59,7 +62,7 @@ def choose(folder: Path, ranks: Ranks, before: int | None = None) -> Choice | No
         checkpoint = folder / step_name(step)
         damage = _find_damage(checkpoint, ranks)
         if damage is None:
-            return _fit(checkpoint, step, ranks)
+            return _fit(checkpoint, step, ranks, beat)
         if ranks.is_first:
             print(f"{checkpoint} is damaged, an older one is taken: {damage}", file=sys.stderr)
     if steps:
@@ -79,13 +82,15 @@ def _find_damage(checkpoint: Path, ranks: Ranks) -> str | None:
     return next((found for found in zero.gather_objects(damage) if found), None)
 
 
-def _fit(checkpoint: Path, step: int, ranks: Ranks) -> Choice:
+def _fit(checkpoint: Path, step: int, ranks: Ranks, beat: Callable[[], None]) -> Choice:
     """Have a checkpoint in the form that so many ranks can load."""
+    beat()  # all have read the checkpoint
     manifest = read_manifest(checkpoint)
     if manifest["world_size"] == ranks.world_size:
         return Choice(checkpoint.parent, manifest, checkpoint.name, is_converted=False)
     target = checkpoint.with_name(universal_name(step))
-    zero.first_rank_does(lambda: convert(checkpoint, target), ranks.is_first)
+    name = f"conversion of {checkpoint.name}"
+    zero.first_rank_does_slowly(name, lambda: convert(checkpoint, target), ranks, beat)
     return Choice(checkpoint.parent, manifest, target.name, is_converted=True)
 
 
@@ -106,5 +111,5 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
+    if states["cuda"] is not None and has_cuda():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,6 +1,6 @@
 """Saving a run behind its training.
 
-    saver = Saver(engine, folder, cfg.checkpoint, ranks, facts)
+    saver = Saver(engine, folder, cfg.checkpoint, ranks, facts, device, offloaded, beat)
     saver.save(done, metrics_bytes=..., wandb_id=...)    # returns when the state is copied
     saver.wait()                                         # until it is on disk under its name
 
@@ -14,7 +14,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -27,6 +27,7 @@ import torch.distributed
 
 from phi3v.config.running import CheckpointSection
 from phi3v.data.packing import Position
+from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError
 from phi3v.files import sha256
 from phi3v.training import zero
@@ -55,8 +56,11 @@ class Progress:
 class Saver:
     """Saves a run, one checkpoint at a time; all ranks call its methods at the same steps.
 
-    facts   of the manifest that stay the same: world size, stage, fingerprints, versions
-    scores  of the evaluated steps, higher is better, for `checkpoint.best`
+    facts      of the manifest that stay the same: world size, stage, fingerprints, versions
+    device     on which the engine computes
+    offloaded  whether the optimizer's state lies in the host's memory
+    beat       what says that this rank goes on, while its step waits for a disk that is slow
+    scores     of the evaluated steps, higher is better, for `checkpoint.best`
     """
 
     engine: Any
@@ -64,18 +68,21 @@ class Saver:
     section: CheckpointSection
     ranks: Ranks
     facts: Mapping[str, Any]
+    device: torch.device
+    offloaded: bool
+    beat: Callable[[], None]
     scores: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.writer = Writer()
+        self.writer = Writer(self.device, self.offloaded)
         self.engine.checkpoint_engine = self.writer
-        self.writer.guard(self.engine.optimizer.optimizer)
+        self.writer.guard(self.engine.optimizer.optimizer, self.beat)
         self.writer.prepare(self.engine.optimizer.state_dict())
         self.saved_step: int | None = None
         self._given_up = threading.Event()
 
     def save(self, progress: Progress, **facts: Any) -> None:
-        """Copy the state and have it written; waits for the checkpoint before, if it must.
+        """Have the state copied and written; waits for the checkpoint before, if it must.
 
         Raises: CheckpointError on all ranks if an earlier one could not be written.
         """
@@ -178,10 +185,9 @@ def random_name(rank: int) -> str:
 
 def random_states() -> dict[str, Any]:
     """What every random number of this process follows from."""
-    has_cuda = torch.cuda.is_available()
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if has_cuda else None,
+        "cuda": torch.cuda.get_rng_state() if has_cuda() else None,
     }

@@ -1,6 +1,6 @@
 """DeepSpeed's plug for saving: each state is copied in memory, and written behind training.
 
-    writer = Writer()
+    writer = Writer(device, ds.offloads_optimizer)
     engine.checkpoint_engine = writer
     writer.guard(engine.optimizer.optimizer)    # its steps wait for the copies
     writer.prepare(engine.optimizer.state_dict())
@@ -12,12 +12,18 @@
 
 A thread copies the tensors while training computes the next gradient, and writes the copies when
 it has them all. Only an optimizer's step changes what is saved, and waits for what is not copied
-yet: nothing, where a step takes longer than 0.07 s per GiB (at 16 GB/s from memory to memory).
+yet: nothing, where a step takes longer than 0.07 s per GiB (at 16 GB/s from memory to memory). From
+CUDA the copies go on a stream of the thread's own, behind what was asked of the device when they
+were ordered and beside what is asked of it afterwards.
 Without `guard`, `save` returns when the copy is made.
 
-Surprising: the copy is made into memory that is kept, so a rank holds its state twice (a model of
-4.15e9 parameters on 8 ranks: 6.2 GB more of host memory each). The system gives a GiB of fresh
-pages in 0.6 to 6 s; `prepare` has that done behind training too.
+Surprising: the copy is made into memory that is kept, so a rank holds its state twice
+(`training/memory.py` `staging_bytes`). The system gives a GiB of fresh pages in 0.6 to 6 s;
+`prepare` has that done behind training too.
+
+The state of an optimizer that is offloaded lies in the host's memory and would fill it twice. It is
+written from where it lies, nothing is copied or reserved, and the optimizer's next step waits until
+it is on the disk: the forward and backward passes until then are what the writing hides behind.
 """
 
 import copy
@@ -43,7 +49,11 @@ from torch import Tensor
 from phi3v.errors import CheckpointError
 from phi3v.training.checkpoints.store import SavedFile
 
+CPU = torch.device("cpu")
+PIECE_BYTES = 1 << 26  # written and hashed before the next
 ANNOUNCE_SECONDS = 1.0  # training waits so long for the disk before it says so
+Shape = tuple[torch.dtype, torch.Size, bool]  # the last: whether its memory is pinned
+Copy = tuple[Tensor, Tensor]  # to, from
 ADVICE = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or have the quota raised",
@@ -58,37 +68,62 @@ class Writer(CheckpointEngine):
 
     One daemon thread writes. What fails there stops this checkpoint, is kept in `error`, and is
     raised by the next `finish` or `begin`.
+
+    device      of the engine, and of the thread
+    offloaded   whether the optimizer's state is in the host's memory, and is written as it lies
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU, offloaded: bool = False) -> None:
         super().__init__()
+        self._device, self._offloaded = device, offloaded
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staging = Staging()
         self._is_guarded = False
         self._jobs: queue.Queue[tuple[Callable[[], None], threading.Event]] = queue.Queue()
-        self._copies: list[threading.Event] = []
-        self._writes: list[Callable[[], None]] = []
+        self._owed: list[threading.Event] = []  # until then what was saved must not change
+        self._writes: list[tuple[Callable[[], None], bool]] = []  # and whether the step waits
         self._folder = Path()
         self._files: dict[str, SavedFile] = {}
         self._error: CheckpointError | None = None
+        self._moved: Callable[[], None] | None = None
         threading.Thread(target=self._work, name="checkpoint writer", daemon=True).start()
 
-    def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let `save` return before the copy is made; the optimizer's next step waits for it.
+    def guard(
+        self, optimizer: torch.optim.Optimizer, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """Let `save` and `end` return at once; the optimizer's next step waits for what it must.
 
         For an optimizer that alone changes what is saved, and whose state is not on NVMe.
+
+        beat  is called in the thread while a step waits and the disk takes what is written
         """
-        optimizer.register_step_pre_hook(lambda *_: self.settle())
+        optimizer.register_step_pre_hook(lambda *_: self._hold(beat))
         self._is_guarded = True
+
+    def _hold(self, beat: Callable[[], None]) -> None:
+        """Have the optimizer's step wait, and say so if it waited long."""
+        assert not any(is_owed for _, is_owed in self._writes), "a step between save and end"
+        start, self._moved = time.perf_counter(), beat
+        try:
+            self.settle()
+        finally:
+            self._moved = None
+        self._announce(start, f"{self._folder} to be {'written' if self._offloaded else 'copied'}")
 
     def settle(self) -> None:
         """Wait until what was given to `save` may change again."""
-        while self._copies:
-            self._copies.pop().wait()
+        while self._owed:
+            self._owed.pop().wait()
 
     def prepare(self, state: Any) -> None:
         """Get the memory for a state like this one behind training; the first save then has it."""
         shapes: list[Shape] = []
-        map_tensors(state, lambda tensor: shapes.append(shape_of(tensor)))
+
+        def note(tensor: Tensor) -> None:
+            if not self._stays(tensor):
+                shapes.append(shape_of(tensor))
+
+        map_tensors(state, note)
         self._put(partial(self._staging.reserve, shapes))
 
     def begin(self, folder: Path) -> None:
@@ -98,18 +133,21 @@ class Writer(CheckpointEngine):
         """
         start, before = time.perf_counter(), self._folder
         self.finish()
-        waited = time.perf_counter() - start
-        if waited > ANNOUNCE_SECONDS:
-            what = f"{before} to be written" if before.name else "the memory of its copy"
-            print(f"training waited {waited:.1f} s for {what}; save less often", file=sys.stderr)
+        what = f"{before} to be written" if before.name else "the memory of its copy"
+        self._announce(start, what)
         self._staging.release()
         self._folder, self._files, self._writes = folder, {}, []
 
     def end(self, then: Callable[[dict[str, SavedFile]], None]) -> None:
         """Have the files written, and `then` called in the thread when they are on the disk."""
-        for write in self._writes:
-            self._put(write)
+        writes, self._writes = self._writes, []
+        for write, is_owed in writes:
+            done = self._put(write)
+            if is_owed:
+                self._owed.append(done)
         self._put(lambda: then(dict(self._files)))
+        if not self._is_guarded:
+            self.settle()
 
     @property
     def is_busy(self) -> bool:
@@ -137,11 +175,32 @@ class Writer(CheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Have a state copied, as a file of the checkpoint that was begun."""
         name = str(Path(path).relative_to(self._folder))
-        state, copies = self._staging.plan(state_dict)
-        self._copies.append(self._put(partial(copy_all, copies)))
-        self._writes.append(partial(self._write, state, name))
+        staying: list[Tensor] = []
+        copies: list[Copy] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            if self._stays(tensor):
+                staying.append(tensor.detach())
+                return staying[-1]
+            assert tensor.is_cpu or self._stream, "nobody would wait for a copy from CUDA"
+            return self._staging.take(tensor, copies)
+
+        state = map_tensors(state_dict, take)
+        ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
+        self._owed.append(self._put(partial(self._copy, copies, ready)))
+        self._writes.append((partial(self._write, state, name), bool(staying)))
         if not self._is_guarded:
             self.settle()
+
+    def _stays(self, tensor: Tensor) -> bool:
+        """Whether a tensor is written from where it lies; a view's whole storage would be."""
+        size = tensor.numel() * tensor.element_size()
+        return self._offloaded and tensor.is_cpu and tensor.untyped_storage().nbytes() == size
+
+    def _announce(self, start: float, what: str) -> None:
+        waited = time.perf_counter() - start
+        if waited > ANNOUNCE_SECONDS:
+            print(f"training waited {waited:.1f} s for {what}; save less often", file=sys.stderr)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file that was saved; it can hold any object, so it must be our own."""
@@ -168,6 +227,8 @@ class Writer(CheckpointEngine):
         return done
 
     def _work(self) -> None:
+        if self._stream:
+            torch.cuda.set_device(self._device)  # else pinned memory opens a context on the first
         while True:
             job, done = self._jobs.get()
             try:
@@ -187,31 +248,52 @@ class Writer(CheckpointEngine):
                 done.set()
                 self._jobs.task_done()
 
+    def _copy(self, copies: list[Copy], ready: torch.cuda.Event | None) -> None:
+        """Make the copies; on CUDA once the device has come to `ready`, on the thread's stream."""
+        if self._stream is None or ready is None:
+            copy_all(copies)
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            copy_all(copies)
+            self._stream.record_event(torch.cuda.Event(blocking=True)).synchronize()
+
+    def _beat(self) -> None:
+        if moved := self._moved:
+            moved()
+
     def _write(self, state: Any, name: str) -> None:
-        with Sink(self._folder / name) as sink:
+        with Sink(self._folder / name, self._beat) as sink:
             torch.save(state, sink)
             self._files[name] = sink.finish()
 
 
 class Sink(io.FileIO):
-    """A file that torch.save writes to: unbuffered, hashed on the way."""
+    """A file that torch.save writes to: unbuffered, hashed on the way, `moved` after each piece."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, moved: Callable[[], object] = bool) -> None:
         super().__init__(path, "wb")
+        self._moved = moved
         self._digest = hashlib.sha256()
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of it; an error waits for `finish`, for torch would make a riddle of it."""
-        rest = whole = memoryview(data)
+        whole = memoryview(data)
+        for start in range(0, len(whole), PIECE_BYTES):
+            piece = whole[start : start + PIECE_BYTES]
+            self._write_piece(piece)
+            self._digest.update(piece)
+            self._moved()
+        return len(whole)
+
+    def _write_piece(self, rest: memoryview) -> None:
         try:
             while rest and self._error is None:
                 rest = rest[super().write(rest) :]
         except OSError as error:
             self._error = error
             error.filename = self.name
-        self._digest.update(whole)
-        return len(whole)
 
     def finish(self) -> SavedFile:
         """Flush to the disk.
@@ -232,10 +314,6 @@ def _explain(error: OSError, folder: Path) -> CheckpointError:
     )
 
 
-Shape = tuple[torch.dtype, torch.Size, bool]  # the last: whether its memory is pinned
-Copy = tuple[Tensor, Tensor]  # to, from
-
-
 class Staging:
     """Memory for one copy of a rank's tensors, used again by the next copy.
 
@@ -246,12 +324,8 @@ class Staging:
         self._free: defaultdict[Shape, list[Tensor]] = defaultdict(list)
         self._used: list[tuple[Shape, Tensor]] = []
 
-    def plan(self, state: Any) -> tuple[Any, list[Copy]]:
-        """The state with memory in place of its tensors, all else copied, and the copies to do."""
-        copies: list[Copy] = []
-        return map_tensors(state, lambda tensor: self._take(tensor, copies)), copies
-
-    def _take(self, tensor: Tensor, copies: list[Copy]) -> Tensor:
+    def take(self, tensor: Tensor, copies: list[Copy]) -> Tensor:
+        """Memory in place of a tensor; the copy that is to be made is added to `copies`."""
         shape = shape_of(tensor)
         free = self._free[shape]
         kept = free.pop() if free else empty(shape)
@@ -274,11 +348,8 @@ class Staging:
 
 
 def copy_all(copies: list[Copy]) -> None:
-    """Make the copies, and wait for those from CUDA."""
     for kept, tensor in copies:
         kept.copy_(tensor, non_blocking=True)
-    for device in {tensor.device for _, tensor in copies if tensor.is_cuda}:
-        torch.cuda.synchronize(device)
 
 
 def shape_of(tensor: Tensor) -> Shape:

@@ -33,7 +33,9 @@ def open_tracker(
     cfg: RunConfig, folder: Path, step: int = 0, known_id: str | None = None
 ) -> Tracker:
     """Open the sinks of a run that goes on after `step`; `known_id` is its id with W&B."""
-    patience = min(PATIENCE_SECONDS, cfg.train.hang_timeout / (2 * SLOW))  # or the watchdog acts
+    usual = cfg.train.hang_timeout  # that the watchdog leaves; the other at the start and the end
+    longest = max(usual, cfg.train.start_timeout)
+    patience = min(PATIENCE_SECONDS, usual / 5, longest / (2 * SLOW))
     tracker = Tracker(known_id, patience)
 
     def open_wandb() -> WandbSink:
