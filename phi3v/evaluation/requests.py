@@ -157,7 +157,8 @@ def _chat(
 
 def _advice(values: Mapping[str, Any]) -> str:
     """What a key of a row that asks nothing may have meant, or the keys that it has."""
+    others = [key for key in values if key not in ASKING and not key.startswith("image")]
     for wanted in ASKING:
-        if close := get_close_matches(wanted, [key for key in values if key != wanted], n=1):
+        if close := get_close_matches(wanted, others, n=1):
             return f"it has {close[0]!r}: did you mean {wanted!r}?"
-    return f"its keys are {', '.join(values) or 'none'}"
+    return f"its keys are {', '.join(values) or 'none'}; write what is asked as its 'prompt'"
