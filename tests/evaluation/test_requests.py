@@ -115,7 +115,7 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         "4": "line 4 is no JSON: Expecting value: column 11",
         "nothing": "neither a 'prompt' nor 'messages'; its keys are id",
         "mistyped": "neither a 'prompt' nor 'messages'; it has 'promt': did you mean 'prompt'?",
-        "other": "neither a 'prompt' nor 'messages'; its keys are id, question; write what is asked",
+        "other": "neither a 'prompt' nor 'messages'; its keys are id, question; write what",
         "picture": "neither a 'prompt' nor 'messages'; its keys are id, image; write what is asked "
         "as its 'prompt'",
         "number": "'prompt' is a int, not a text",
