@@ -222,6 +222,20 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(unbroken: Path, re
     assert "optim.lr" in last_line(other, "ConfigError")
 
 
+def test_a_run_that_diverged_is_written_whole_and_does_not_end_as_finished(
+    recipe: Path, tmp_path: Path
+) -> None:
+    values = ("optim.lr=0.5", "optim.warmup_steps=0", "eval.rows=0")
+    done = run(*plain(2, recipe, *values), cwd=tmp_path)
+    assert done.returncode == 2
+    assert last_line(done, "Diverged").startswith("Diverged: run diverged: the loss was ")
+    assert f" after step {STEPS}, see run/report.html" in done.stderr
+    assert "finished" not in done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["is_finished"] and summary["diverged"].startswith("the loss was ")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}"
+
+
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(
     recipe: Path, tmp_path: Path
 ) -> None:
