@@ -109,7 +109,10 @@ def build_recipe(
     for (key, value), text in zip(parsed, overrides, strict=True):
         tree = _with(tree, key, value, text)
     texts = {key: text for (key, _), text in zip(parsed, overrides, strict=True)}
-    recipe: Recipe = _build(cls, tree, "", _Origin(root=cls, file=path, overrides=texts))
+    try:
+        recipe: Recipe = _build(cls, tree, "", _Origin(root=cls, file=path, overrides=texts))
+    except _Faults as faults:
+        raise ConfigError(str(faults)) from None  # a command's line begins with the class's name
     return recipe
 
 

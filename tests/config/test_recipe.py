@@ -62,6 +62,7 @@ def refusal(text: str | bytes) -> str:
 def override_refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         run(*overrides)
+    assert type(caught.value) is ConfigError, "its name begins the line that a user sees"
     return str(caught.value)
 
 
