@@ -201,7 +201,16 @@ def save(bench: Bench, findings: Findings) -> None:
 
         model.set_execution(bench.execution)
         folder = bench.folder / "checkpoints"
-        saver = Saver(engine, folder, cfg.checkpoint, bench.ranks, {})
+        saver = Saver(
+            engine,
+            folder,
+            cfg.checkpoint,
+            bench.ranks,
+            {},
+            device=bench.scale.device,
+            offloaded=False,
+            beat=lambda: None,
+        )
         loader = make_loader(dataset, cfg, bench.ranks, bench.scale.device)
         coming = loader.steps(Position())
 

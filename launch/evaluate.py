@@ -19,9 +19,8 @@ def main() -> None:
     from phi3v.evaluation.comparison import check_request, compare_models, write_comparison
     from phi3v.evaluation.evaluate import evaluate, limit_owner
     from phi3v.evaluation.held_out import open_held_out
-    from phi3v.evaluation.models import check_model
     from phi3v.evaluation.table import all_tables
-    from phi3v.export import base_of, check_step, evaluation_settings, open_any
+    from phi3v.export import base_of, check_shards, check_step, evaluation_settings, open_any
 
     models, folders, out = arguments.models, [arguments.shards], arguments.out
     check_request(models, out)
@@ -29,7 +28,7 @@ def main() -> None:
     settings = evaluation_settings(Path([*runs, *models][0]), arguments.overrides)
     for dataset in open_held_out(folders, settings).datasets:
         for model in models:
-            check_model(dataset, base_of(model))
+            check_shards(model, dataset)
     steps = check_step(models, arguments.step)
     found, place = {}, f" (time limit of {limit_owner(runs, arguments.overrides)})"
     for model in models:

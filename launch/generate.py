@@ -23,7 +23,7 @@ def main() -> None:
     set_environment()
     # DeepSpeed reads its environment when it is imported.
     from phi3v.evaluation.wishes import Wishes, fulfil
-    from phi3v.export import base_of, check_step, open_any
+    from phi3v.export import check_step, open_any, open_processor
     from phi3v.prepare.chats import read_messages
     from phi3v.prepare.fetch import local_images
 
@@ -31,7 +31,7 @@ def main() -> None:
     with local_images(arguments.pop("images")) as images:
         wishes, steps = Wishes(**arguments, images=images), check_step([model], step)
         generator = partial(open_any, model, wishes.settings, steps[model])
-        fulfil(wishes, generator, base_of(model), read_messages)
+        fulfil(wishes, generator, partial(open_processor, model), read_messages)
 
 
 def parse() -> Namespace:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "phi3v"
 LAYERS = (
     {"errors"},
     {"geometry", "files", "progress", "page", "config", "devices"},
-    {"sample", "views"},
+    {"sample", "views", "pictures"},
     {"processing", "data", "model"},
     {"prepare", "evaluation"},
     {"training", "view"},

@@ -11,6 +11,9 @@ from typing import Literal
 from phi3v.config.values import above_zero, at_least, distinct, filled
 from phi3v.errors import ConfigError
 
+Alpha = Literal["white", "published"]
+Exif = Literal["apply", "published"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSection:
@@ -18,10 +21,11 @@ class SourceSection:
     """Raw rows: a file, a folder saved by `datasets`, or a hub dataset's name; or a list of them,
     of which each is read as this section says."""
 
-    format: Literal["columns", "messages", "llava", "auto"] = "auto"
+    format: Literal["columns", "messages", "llava", "texts", "auto"] = "auto"
     """columns: `user` and `assistant` below turn a row into one question and answer; messages:
     rows hold messages and images; llava: rows hold conversations of human and gpt, and image;
-    auto: columns if those are given, else what the first row's names tell."""
+    texts: rows hold images, and texts of user and assistant, as FineVision's; auto: columns if
+    `user` is given, else what the first row's names tell."""
 
     image_root: str | None = None
     """Folder where relative image paths start; default: the folder that holds `path`."""
@@ -39,6 +43,22 @@ class SourceSection:
     references: str | None = None
     """Column that holds every accepted answer, a text or a list of texts, for the metrics; default:
     the answer to learn is the only one. Columns only: rows of messages hold their `references`."""
+
+    id: str | None = None
+    """Column that names a row, in the dataset and in rejected.jsonl; default: `id`, if there is
+    one, else the row's number."""
+
+    ignore: tuple[str, ...] | None = None
+    """Keys of a row or turn that say nothing about the sample, and tags such as <img> that are
+    text; what is neither known nor named here rejects its row."""
+
+    convert: str | None = None
+    """module:function, a function of yours that makes a row (a dict) of each row, or None to leave
+    it out; the module lies in the current folder or is installed."""
+
+    delimiter: str | None = None
+    """What separates the columns of a CSV, one character; default: a comma, in a .tsv a tab, or
+    what the first line tells."""
 
     num_crops: int | None = None
     """Crops of one canvas at most, for this source; default: the recipe's."""
@@ -64,7 +84,7 @@ class SourceSection:
 
     def __post_init__(self) -> None:
         filled(source__user=self.user, source__assistant=self.assistant, source__split=self.split)
-        filled(source__references=self.references)
+        filled(source__references=self.references, source__id=self.id)
         if not self.paths:
             raise ConfigError("source.path must name at least one file, folder or hub dataset")
         for path in self.paths:
@@ -72,7 +92,17 @@ class SourceSection:
         distinct(source__path=self.paths, source__images=self.images)
         at_least(1, source__num_crops=self.num_crops, source__max_rows=self.max_rows)
         above_zero("to leave a source out, remove it", source__weight=self.weight)
-        if self.format in ("messages", "llava"):
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise ConfigError(
+                f"source.delimiter must be one character, got {self.delimiter!r}; write ';' or a "
+                'tab as "\\t"'
+            )
+        if self.convert is not None and not all(self.convert.rpartition(":")[::2]):
+            raise ConfigError(
+                f"source.convert must be module:function, got {self.convert!r}; for example "
+                "rows:convert"
+            )
+        if self.format in ("messages", "llava", "texts"):
             self._refuse_columns()
         elif self.format == "columns" or self._has_columns():
             self._require_template()
@@ -103,9 +133,32 @@ class SourceSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnValidation:
+    path: str | tuple[str, ...] | None = None
+    """Rows of your own to hold out, read as the source's: a file, a folder or a hub dataset's name,
+    or a list; default: the source's path, of which `split` is another."""
+
+    split: str | None = None
+    """Their split of a hub dataset or saved folder; default: the source's."""
+
+    image_root: str | None = None
+    """Folder where their relative image paths start; default: the source's, if it is set."""
+
+    def __post_init__(self) -> None:
+        filled(split__validation__split=self.split)
+        for path in (self.path,) if isinstance(self.path, str) else self.path or ():
+            filled(split__validation__path=path)
+        if not self.path and not self.split:
+            raise ConfigError(
+                "split.validation names neither a path nor a split; write {path: val.jsonl}, "
+                "{split: validation}, or a share such as 0.1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitSection:
-    validation: float = 0.0
-    """Share of the rows held out, from 0 to below 1."""
+    validation: float | OwnValidation = 0.0
+    """Share of the rows held out, from 0 to below 1; or {path} or {split} of rows of your own."""
 
     by: str | None = None
     """Column whose equal values stay on one side of the split; default: each row for itself."""
@@ -114,18 +167,54 @@ class SplitSection:
     """Column of whose every value the same share is held out; default: a share of all rows."""
 
     near_duplicates: Literal["together", "ignore"] = "together"
-    """together: rows whose images look alike stay on one side of the split."""
+    """together: rows whose images look alike stay on one side of the split; where the held-out
+    rows are your own choice, those on both sides are counted and named."""
 
     seed: int = 0
     """Decides which rows are held out."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
+        if not 0 <= self.share < 1:
             raise ConfigError(
                 f"split.validation must be a share from 0 to below 1, got {self.validation!r}"
             )
         filled(split__by=self.by, split__stratify=self.stratify)
         at_least(0, split__seed=self.seed)
+        if self.own and self.stratify:
+            raise ConfigError(
+                f"split.stratify {self.stratify!r} has no meaning where split.validation names "
+                "rows of your own; remove it"
+            )
+
+    @property
+    def share(self) -> float:
+        """The share of the source's rows that is held out."""
+        return 0.0 if isinstance(self.validation, OwnValidation) else self.validation
+
+    @property
+    def own(self) -> OwnValidation | None:
+        """The rows that are held out, where they are the user's own choice."""
+        return self.validation if isinstance(self.validation, OwnValidation) else None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.share) or self.own is not None
+
+    @property
+    def compares_pictures(self) -> bool:
+        """Whether rows are compared by what their pictures look like."""
+        return self.holds_out and self.near_duplicates == "together"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesSection:
+    alpha: Alpha = "white"
+    """white: what is transparent lies on white, as other programs show it; published: alpha is
+    dropped, as the published processor does, and what lies under it is seen."""
+
+    exif: Exif = "apply"
+    """apply: a photo is turned as its camera says; published: it stays as it is stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +278,9 @@ class DatasetConfig:
     """Whether a picture gets no more crops along its long side than its own pixels need, rounded
     up; the published transform enlarges every picture to the crop limit."""
 
+    images: ImagesSection = ImagesSection()
+    """How the pixels of a picture are read."""
+
     max_pixels: int = 100_000_000
     """Pixels (width x height) of a picture at most; larger ones are rejected undecoded."""
 
@@ -225,6 +317,12 @@ class DatasetConfig:
         )
         if not self.sources:
             raise ConfigError("source must hold at least one section, got an empty list")
+        if self.split.own and not isinstance(self.source, SourceSection):
+            raise ConfigError(
+                "split.validation names rows that are read as the source's, and there are "
+                f"{len(self.source)} sources; make a dataset of each, and list the folders in "
+                "data.shards of the run"
+            )
         if not 0 <= self.max_rejected <= 1:
             raise ConfigError(
                 f"max_rejected must be a share from 0 to 1, got {self.max_rejected!r}"
@@ -232,6 +330,29 @@ class DatasetConfig:
 
     @property
     def sources(self) -> tuple[SourceSection, ...]:
-        """The section, or all of the list, one for each path."""
+        """The section, or all of the list, one for each path; then those of rows held out."""
+        return self._divided + self._held_out
+
+    @property
+    def first_held_out(self) -> int:
+        """The first of `sources` whose rows are all held out; their number if there is none."""
+        return len(self._divided)
+
+    @property
+    def _divided(self) -> tuple[SourceSection, ...]:
         sections = (self.source,) if isinstance(self.source, SourceSection) else self.source
         return tuple(replace(section, path=path) for section in sections for path in section.paths)
+
+    @property
+    def _held_out(self) -> tuple[SourceSection, ...]:
+        own = self.split.own
+        if own is None or not isinstance(self.source, SourceSection):
+            return ()
+        section = replace(
+            self.source,
+            path=own.path or self.source.path,
+            split=own.split or self.source.split,
+            image_root=own.image_root or self.source.image_root,
+            weight=1.0,
+        )
+        return tuple(replace(section, path=path) for path in section.paths)

@@ -16,6 +16,8 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -311,12 +313,12 @@ def _cast(value: Any, kind: Any, key: str, origin: _Origin) -> Any:
     if _is_one_or_many(kind):
         one, many = options
         return _cast(value, many if isinstance(value, list) else one, key, origin)
+    if len(options) == 2 and is_dataclass(options[1]):  # a value, or a section of its own
+        other, *sections = options
+        return _cast(value, sections[0] if isinstance(value, dict) else other, key, origin)
     if NoneType in options:
-        inner = [option for option in options if option is not NoneType]
-        if value is None:
-            return None
-        is_section = is_dataclass(inner[-1]) and isinstance(value, dict)  # str | Section | None
-        return _cast(value, inner[-1] if is_section else inner[0], key, origin)
+        inner = reduce(or_, (option for option in options if option is not NoneType))
+        return None if value is None else _cast(value, inner, key, origin)
     if get_origin(kind) is Literal:
         return _cast_choice(value, options, key, origin)
     if get_origin(kind) is tuple:

@@ -40,6 +40,10 @@ SUSPICIONS = {
 _Entry = tuple[int, str, int]  # tokens, id, trained tokens
 
 
+PICTURES = ("pictures", "transparent", "turned", "deep")
+"""What is counted of pictures: all, and those with each of the traits of `processing.pixels`."""
+
+
 class Audit:
     """Gathers the audit of samples; a sample of 3,000 tokens takes 13 us.
 
@@ -49,6 +53,7 @@ class Audit:
     def __init__(self, assistant_id: int, end_id: int) -> None:
         self.assistant_id, self.end_id = assistant_id, end_id
         self._totals = Counter(samples=0, tokens=0, image_tokens=0, label_tokens=0)
+        self._pictures = Counter(dict.fromkeys(PICTURES, 0))
         self._bins: dict[str, Counter[int]] = {"tokens": Counter(), "label_tokens": Counter()}
         self._suspicious: dict[str, tuple[int, list[str]]] = {}
         self._longest: list[_Entry] = []
@@ -74,11 +79,17 @@ class Audit:
             self._suspicious[kind] = (count + times, examples)
             _keep(examples, name, EXAMPLES)
 
+    def add_pictures(self, count: int, traits: Mapping[str, int], times: int = 1) -> None:
+        """Count a sample's pictures, `times` times, and how many of them have which trait."""
+        for name, number in {"pictures": count, **traits}.items():
+            self._pictures[name] += times * number
+
     def to_dict(self) -> dict[str, Any]:
         """What was found, as `merge` gives it."""
         return {
             **self._totals,
             "label_share": _share(self._totals),
+            "pictures": dict(self._pictures),
             "histograms": {key: _listed(bins) for key, bins in self._bins.items()},
             "longest": [_named((-size, name, count)) for size, name, count in self._longest],
             "shortest": [_named(entry) for entry in self._shortest],
@@ -120,6 +131,7 @@ def merge(audits: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     total = Audit(0, 0)
     for audit in audits:
         total._totals.update({key: audit[key] for key in total._totals})
+        total._pictures.update(audit.get("pictures", {}))  # not in a manifest of before
         for key, bins in total._bins.items():
             bins.update(dict(audit["histograms"][key]))
         for entry in audit["longest"]:

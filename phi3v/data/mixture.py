@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from phi3v.data.format import read_manifest
-from phi3v.data.reader import Dataset
+from phi3v.data.reader import Dataset, advice_for
 from phi3v.errors import ConfigError, ShardError
 from phi3v.sample import Sample
 from phi3v.views import ViewSettings
@@ -104,8 +104,7 @@ def open_datasets(
         pairs = [pair for pair in pairs if split in read_manifest(Path(pair[0]))["splits"]]
         if not pairs:
             raise ShardError(
-                f"none of {', '.join(map(str, folders))} has a split '{split}'; name another one, "
-                "or prepare one of them with it"
+                f"none of {', '.join(map(str, folders))} has a split '{split}'; {advice_for(split)}"
             )
     datasets = [Dataset(folder, split) for folder, _ in pairs]
     if len(pairs) == 1 and pairs[0][1] == 1:

@@ -22,6 +22,16 @@ UNREADABLE = (pa.ArrowException, ValueError, LookupError, EOFError, OSError)  # 
 OPEN_SHARDS = 128  # files that `read_into` keeps open
 
 
+def advice_for(split: str) -> str:
+    """What to do where a dataset has no such split."""
+    if split != "validation":
+        return "name one of these"
+    return (
+        "prepare it with rows held out, in its recipe `split: {validation: 0.1}` for a share of "
+        "its rows or `split: {validation: {path: FILE}}` for rows of your own; or set eval.rows=0"
+    )
+
+
 class Dataset:
     """The samples of one split: `len(d)`, `d[i]`; lengths of all of them without reading any.
 
@@ -45,7 +55,9 @@ class Dataset:
         self.codec = Codec.from_manifest(self.manifest)
         if split not in self.manifest["splits"]:
             known = ", ".join(sorted(self.manifest["splits"]))
-            raise ShardError(f"{folder} has no split '{split}', it has: {known}; name one of these")
+            raise ShardError(
+                f"{folder} has no split '{split}', it has: {known}; {advice_for(split)}"
+            )
         self.entry: dict[str, Any] = self.manifest["splits"][split]
         for file in (*self.entry["shards"], self.entry["index"]):
             self._check_size(file)

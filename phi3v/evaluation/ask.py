@@ -3,7 +3,8 @@
     asker = Asker(generator, processor, system="Answer in one word.")
     asker.ask("Which colour?", [Path("bag.jpg")], show=print)
 
-Pictures stand before the text unless its tags <|image_1|>, <|image_2|>, ... place them.
+Pictures stand before the text unless its tags <|image_1|>, <|image_2|>, ... place them, or <image>,
+the k-th of which is the k-th picture.
 """
 
 import os
@@ -14,11 +15,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from phi3v.config.dataset import ImagesSection
 from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.models import open_model
+from phi3v.pictures import PUBLISHED
 from phi3v.processing import Phi3VProcessor
-from phi3v.processing.prompt import Message, encode_messages, image_tags
+from phi3v.processing.pixels import FORMATS, to_rgb
+from phi3v.processing.prompt import Message, encode_messages, image_tags, settle_tags
 from phi3v.sample import Canvas
 
 Show = Callable[[str], None]
@@ -38,7 +42,7 @@ class Asker:
         Raises: ConfigError if a picture cannot be read; SampleError if the tags do not fit them, or
         the prompt is too long.
         """
-        pictures = [open_shown(path) for path in images]
+        pictures = [open_shown(path, self.processor.rules) for path in images]
         prompt = self.prompt([user_turn(text, len(pictures))], pictures)
         if show:
             return self.generator.stream(prompt, show)
@@ -89,28 +93,33 @@ def encode_prompt(
 
 
 def user_turn(text: str, num_pictures: int, first: int = 1) -> Message:
-    """What a user says, with the tags of the pictures from `first` on unless the text has tags."""
+    """What a user says, with the tags of the pictures from `first` on unless the text has tags.
+
+    Raises: SampleError if it has a tag that no picture answers to, such as <video>.
+    """
+    (text,) = settle_tags([text], first)
     if not image_tags(text):
         text = "".join(f"<|image_{first + n}|>\n" for n in range(num_pictures)) + text
     return Message(role="user", content=text)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Open a picture and decode it.
+def open_picture(path: Path, rules: ImagesSection) -> Image.Image:
+    """Open a picture and decode it to RGB, as `phi3v.processing.pixels` says.
 
-    Raises: SampleError if it cannot be read.
+    Raises: SampleError if it cannot be read, or its pixels have no agreed meaning.
     """
     if fault := file_fault(path):
         raise SampleError(f"{path} {fault}; name a picture")
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(image, rules).image
+    except SampleError as error:
+        raise SampleError(f"{path}: {error}") from error
     except Exception as error:  # Pillow's decoders: OSError, SyntaxError, RuntimeError and others
         reason = _reason(error)
         raise SampleError(
             f"{path} is no picture that can be read ({reason}); name a picture"
         ) from error
-    return image
 
 
 def file_fault(path: Path) -> str | None:
@@ -127,12 +136,12 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def open_shown(path: Path) -> Image.Image:
+def open_shown(path: Path, rules: ImagesSection = PUBLISHED) -> Image.Image:
     """Open a picture of --image.
 
     Raises: ConfigError if it cannot be read.
     """
     try:
-        return open_picture(path)
+        return open_picture(path, rules)
     except SampleError as error:
         raise ConfigError(f"--image {error}") from error

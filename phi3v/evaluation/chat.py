@@ -54,7 +54,7 @@ class Chat:
 
         Raises: SampleError if it cannot be read.
         """
-        picture = open_picture(path)
+        picture = open_picture(path, self.asker.processor.rules)
         self.pictures.append(picture)
         width, height = picture.size
         self.note(f"image {len(self.pictures)}: {path}, {width} x {height} pixels")

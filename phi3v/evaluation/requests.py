@@ -3,7 +3,8 @@
     {"id": "a", "prompt": "What is it?", "images": ["a.jpg"]}      ->  {"id": "a", "prediction": ..}
     {"id": "b", "messages": [{"role": "user", "content": "Hi"}]}   ->  {"id": "b", "error": ..}
 
-A row has a `prompt`, or `messages` as `prepare` takes them; if the last of these is an answer, that
+A row has a `prompt`, or `messages` as `prepare` takes them, and no key that is not understood
+(phi3v/processing/keys.py); if the last of these is an answer, that
 is what is asked for, and it is not shown to the model. Paths of images start at the file's folder.
 Rows are read, answered and written some at a time, so a file may be of any length; the answers have
 their name when all are written.
@@ -20,6 +21,7 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.ask import Asker, file_fault, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
 from phi3v.files import replacing
+from phi3v.processing.keys import FORMATS, as_list, check_keys, pictures_of
 from phi3v.processing.prompt import Message
 from phi3v.progress import progress
 
@@ -128,19 +130,24 @@ def _prompt(
     messages, images = _asked(values) if given == ["prompt"] else _chat(values, read_messages)
     if strange := [image for image in images if not isinstance(image, str)]:
         raise SampleError(f"an image is a {type(strange[0]).__name__}, not a path")
-    return asker.prompt(messages, [open_picture(root / image) for image in images])
+    rules = asker.processor.rules
+    return asker.prompt(messages, [open_picture(root / image, rules) for image in images])
 
 
 def _asked(values: Mapping[str, Any]) -> tuple[list[Message], list[Any]]:
-    """The one message of a row with a `prompt`, and its images."""
-    if "image" in values and "images" not in values:  # LLaVA's name, which would show nothing
-        raise SampleError("it has 'image'; write 'images': [PATH, ...]")
-    text, images = values["prompt"], values.get("images") or []
+    """The question of a row with a `prompt`, behind its system text if it has one; its images."""
+    check_keys(values, FORMATS["prompt"].row, (), "the row")
+    text, system = values["prompt"], values.get("system")
     if not isinstance(text, str):
         raise SampleError(f"'prompt' is a {type(text).__name__}, not a text")
-    if not isinstance(images, list):
-        raise SampleError(f"'images' is a {type(images).__name__}, not a list of paths")
-    return [user_turn(text, len(images))], images
+    if not isinstance(system, str | None):
+        raise SampleError(f"'system' is a {type(system).__name__}, not a text")
+    key, held = pictures_of(values, ())
+    if key == "images" and not isinstance(held, list):
+        raise SampleError(f"'images' is a {type(held).__name__}, not a list of paths")
+    told = [Message(role="system", content=system)] if system else []
+    images = as_list(held)
+    return [*told, user_turn(text, len(images))], images
 
 
 def _chat(

@@ -91,14 +91,14 @@ class Wishes:
 
 
 def fulfil(
-    wishes: Wishes, open_generator: Callable[[], Generator], base: str, read_messages: ReadMessages
+    wishes: Wishes,
+    open_generator: Callable[[], Generator],
+    open_processor: Callable[[], Phi3VProcessor],
+    read_messages: ReadMessages,
 ) -> None:
-    """Open the model and answer on stdout or to the file.
-
-    base  folder or hub name of the processor
-    """
+    """Open the model and answer on stdout or to the file."""
     wishes.check_files()
-    processor = Phi3VProcessor.from_pretrained(base)
+    processor = open_processor()
     generator = replace(open_generator(), sampling=wishes.sampling)
     asker = Asker(generator, processor, wishes.system)
     torch.manual_seed(wishes.seed or 0)

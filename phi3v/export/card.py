@@ -18,6 +18,7 @@ from phi3v.evaluation.metrics.names import BLIND
 from phi3v.export.opening import read_run
 from phi3v.export.originals import find_base
 from phi3v.files import write_text
+from phi3v.pictures import PictureSettings
 from phi3v.training.run_folder import DATA, ENVIRONMENT, RunFolder
 
 OF_WHOLE = ("library_name", "pipeline_tag")  # keys that do not hold for the text half
@@ -41,7 +42,6 @@ model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")
 processor = AutoProcessor.from_pretrained("DIR")
 prompt = "<|user|>\\n<|image_1|>\\nWhat is shown in this image?<|end|>\\n<|assistant|>\\n"
 inputs = processor(prompt, [Image.open("picture.jpg")])
-inputs.pop("num_img_tokens")
 ids = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
@@ -70,7 +70,7 @@ def write_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
         f"Phi-3-Vision, fine-tuned in all its parameters from {_base_name(cfg.model.path)}.",
         f"## Loading\n\n```python\n{PYTHON}```\n\n{_serving(config)}",
         _evaluation(folder, manifest["step"]),
-        _data(cfg, folder, manifest),
+        _data(cfg, folder, manifest, _pictures(out)),
         _making(folder, manifest),
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(shareable(cfg), sort_keys=False, width=90)}```",
     ]
@@ -164,7 +164,18 @@ def _show(name: str, score: Mapping[str, Any] | None) -> str:
     return f"{value} [{interval[0]}, {interval[1]}]"
 
 
-def _data(cfg: RunConfig, folder: RunFolder, manifest: Mapping[str, Any]) -> str:
+def _pictures(out: Path) -> str:
+    """How pictures are shown, which other programs take only part of."""
+    path = out / "preprocessor_config.json"
+    if not path.is_file():
+        return ""
+    settings = PictureSettings.from_preprocessor(_read(path), path.name)
+    return (
+        f"Pictures: {settings} (preprocessor_config.json; other programs read num_crops alone).\n"
+    )
+
+
+def _data(cfg: RunConfig, folder: RunFolder, manifest: Mapping[str, Any], pictures: str) -> str:
     data = _read(folder.path / DATA)
     parts = ", ".join(
         f"`{Path(part.path).name}` (weight {part.weight:g})" for part in cfg.data.parts
@@ -173,7 +184,7 @@ def _data(cfg: RunConfig, folder: RunFolder, manifest: Mapping[str, Any]) -> str
     rows = [f"| {name.replace('_', ' ')} | {data[name]:,} |" for name in counts if name in data]
     fingerprint = manifest["fingerprints"]["data"]
     return (
-        f"## Data\n\nDatasets: {parts}.\nFingerprint: `{fingerprint}`.\n\n"
+        f"## Data\n\nDatasets: {parts}.\nFingerprint: `{fingerprint}`.\n{pictures}\n"
         "| training split | |\n|---|---|\n" + "\n".join(rows)
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from phi3v.export.card import write_card, write_text_card
-from phi3v.export.opening import read_run
+from phi3v.export.opening import picture_settings, read_run
 from phi3v.export.originals import write_originals, write_text_originals
 from phi3v.export.target import ORIGIN, begin, check_target, finish, origin_of
 from phi3v.export.verification import compare_logits, compare_tensors
@@ -58,7 +58,8 @@ def export(
         write_text_originals(base, partial, kind)
         write_text_card(run, weights.manifest, partial)
     else:
-        write_originals(base, partial, kind)
+        settings = picture_settings(run)
+        write_originals(base, partial, kind, settings)
         write_card(run, weights.manifest, partial)
     write_json(partial / ORIGIN, origin_of(run, weights.folder.name))
     compare_tensors(partial, weights, names, kind)

@@ -1,5 +1,7 @@
 """Opening a model by name: a run folder, a Hugging Face folder, or a name on the hub."""
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,16 +10,20 @@ import yaml
 
 from phi3v.config import EvaluationConfig, RunConfig, build_recipe, to_dict
 from phi3v.config.running import EvalSection
+from phi3v.data import Dataset
+from phi3v.data.format import MANIFEST, read_manifest
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator
-from phi3v.evaluation.models import as_generator, open_model
+from phi3v.evaluation.models import as_generator, check_model, open_model
 from phi3v.export.originals import is_text_half
+from phi3v.export.target import ORIGIN
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.weights import load_weights
+from phi3v.pictures import PictureSettings, Prepared, choose, prepared
 from phi3v.processing import Phi3VProcessor
 from phi3v.training.checkpoints.reading import open_weights
 from phi3v.training.checkpoints.store import find_step, named_step
-from phi3v.training.run_folder import CONFIG, RunFolder
+from phi3v.training.run_folder import CONFIG, DATA, RunFolder
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -57,25 +63,96 @@ def base_of(model: str) -> str:
     return read_run(Path(model)).model.path if _is_run(Path(model)) else model
 
 
+def picture_settings(run: Path) -> PictureSettings | None:
+    """How the pictures of a run's datasets became canvases; None where nobody knows any more.
+
+    Says on stderr what was taken where the datasets differ, and if it is not known.
+    Raises: ConfigError if the run says of them what this program does not know.
+    """
+    parts = _prepared(run)
+    if not parts:
+        print(
+            f"{run / DATA} does not say how pictures were prepared, and the shards are gone: they "
+            "are shown as the base model's preprocessor_config.json says",
+            file=sys.stderr,
+        )
+        return None
+    settings, differing = choose(parts)
+    if differing:
+        print(f"{run}: {differing}", file=sys.stderr)
+    return settings
+
+
+def _prepared(run: Path) -> list[Prepared]:
+    """The datasets of a run, by its own record, else (a run of before) by their manifests."""
+    path = run / DATA
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "pictures" in data:
+        return [Prepared.from_dict(entry, str(path)) for entry in data["pictures"]]
+    folders = read_run(run).data.folders
+    if not all(Path(folder, MANIFEST).is_file() for folder in folders):
+        return []
+    return [
+        part
+        for folder in folders
+        for part in prepared(folder, "train", read_manifest(Path(folder)))
+    ]
+
+
+def open_processor(model: str) -> Phi3VProcessor:
+    """The processor of a model; of a run it is the base's, with the settings of the run's datasets.
+
+    Raises: ConfigError as `base_of` and `picture_settings`.
+    """
+    base = base_of(model)
+    settings = picture_settings(Path(model)) if _is_run(Path(model)) else None
+    if settings is None:
+        return Phi3VProcessor.from_pretrained(base)
+    return Phi3VProcessor.from_pretrained(
+        base, settings.num_crops, settings.never_upscale, settings.images
+    )
+
+
+def check_shards(model: str, dataset: Dataset) -> None:
+    """Refuse shards that were prepared for another model, and compare how they hold pictures.
+
+    Says on stderr if a run or an export was trained on pictures that were prepared in another way;
+    of any other folder nobody knows it.
+    Raises: ConfigError as `check_model`.
+    """
+    check_model(dataset, base_of(model))
+    if _is_run(Path(model)):
+        trained = picture_settings(Path(model))
+    elif (Path(model) / ORIGIN).is_file():
+        trained = Phi3VProcessor.from_pretrained(model).pictures
+    else:
+        return
+    held, _ = choose(prepared(str(dataset.folder), dataset.split, dataset.manifest))
+    if trained not in (None, held):
+        print(
+            f"{model} was trained on pictures with {trained}, {dataset.folder} holds them with "
+            f"{held}: it is asked about those",
+            file=sys.stderr,
+        )
+
+
 def check_step(models: Sequence[str], step: str | None) -> dict[str, int | None]:
     """The step of each model's checkpoint that --step names, None for the newest or no run.
 
-    Raises: ConfigError if --step is given and a model is no run; CheckpointError if a run has no
+    Raises: ConfigError if --step is given and no model is a run; CheckpointError if a run has no
     whole checkpoint of it.
     """
-    steps: dict[str, int | None] = {}
-    for model in models:
-        if not _is_run(Path(model)):
-            if step is not None:
-                raise ConfigError(
-                    f"--step {step} is for run folders, and {model} is none; leave it out, or name "
-                    "the run"
-                )
-            steps[model] = None
-            continue
-        checkpoints = RunFolder(Path(model)).checkpoints
-        steps[model] = named_step(checkpoints, step)
-        find_step(checkpoints, steps[model])
+    runs = [model for model in models if _is_run(Path(model))]
+    if step is not None and not runs:
+        raise ConfigError(
+            f"--step {step} is for run folders, and {models[0]} is none; leave it out, or name the "
+            "run"
+        )
+    steps: dict[str, int | None] = dict.fromkeys(models)
+    for run in runs:
+        checkpoints = RunFolder(Path(run)).checkpoints
+        steps[run] = named_step(checkpoints, step)
+        find_step(checkpoints, steps[run])
     return steps
 
 

@@ -1,8 +1,8 @@
 """What surrounds the weights: the base model's own files.
 
 config.json is edited as raw JSON, never saved anew by transformers, which would write keys that the
-published code refuses; tokenizer, processor settings and the code that they name are copied as they
-are.
+published code refuses; so is preprocessor_config.json where the run showed pictures in another way
+than the base. The tokenizer and the code that they name are copied as they are.
 """
 
 import json
@@ -20,6 +20,7 @@ from phi3v.errors import ConfigError
 from phi3v.export.target import ORIGIN
 from phi3v.files import write_json
 from phi3v.model.weights import STOP_TOKENS
+from phi3v.pictures import OWN_KEY, PictureSettings
 from phi3v.processing import Phi3VProcessor
 
 TOKENIZER = (
@@ -30,10 +31,11 @@ TOKENIZER = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-VERBATIM = ("preprocessor_config.json", "processor_config.json", *TOKENIZER, "LICENSE")
+PREPROCESSOR = "preprocessor_config.json"
+VERBATIM = (PREPROCESSOR, "processor_config.json", *TOKENIZER, "LICENSE")
 NAMING_CODE = (
     "config.json",
-    "preprocessor_config.json",
+    PREPROCESSOR,
     "processor_config.json",
     "tokenizer_config.json",
 )
@@ -43,13 +45,18 @@ TEXT_TYPE = "phi3"  # model_type of the language model alone
 NOT_TEXT = ("auto_map", "img_processor", "embd_layer", "vision_config")
 
 
-def write_originals(model: str, out: Path, dtype: torch.dtype) -> None:
+def write_originals(
+    model: str, out: Path, dtype: torch.dtype, pictures: PictureSettings | None = None
+) -> None:
     """Write everything but the weights and the card.
 
+    pictures  how the run showed them; None: as the base does
     Raises: ConfigError if the base has no config.json.
     """
     write_json(out / "config.json", _edited_config(model, dtype))
     _copy(model, VERBATIM, out)
+    if pictures is not None:
+        _edit_preprocessor(out / PREPROCESSOR, pictures)
     _write_generation(model, out)
     missing = {name: _copy_code(model, out, name) for name in NAMING_CODE if (out / name).is_file()}
     if lost := {name: module for name, module in missing.items() if module}:
@@ -104,6 +111,18 @@ def _edited_config(model: str, dtype: torch.dtype) -> dict[str, Any]:
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")
     return dict(config)
+
+
+def _edit_preprocessor(path: Path, pictures: PictureSettings) -> None:
+    """Have the folder show pictures as these settings do; a file that does is left as it is.
+
+    num_crops is a published key. What other programs have no key for stands in one of its own,
+    which the published processor keeps as an attribute and never looks at.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if PictureSettings.from_preprocessor(content, str(path)) != pictures:
+        kept = {key: value for key, value in content.items() if key != OWN_KEY}
+        write_json(path, kept | pictures.to_preprocessor())
 
 
 def _copy(model: str, names: tuple[str, ...], out: Path) -> None:

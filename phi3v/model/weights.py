@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from phi3v.errors import CheckpointError
+from phi3v.files import disguise
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Some fine-tunes hold the token embeddings a second time, under the name of the image embedding.
@@ -115,7 +116,12 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(str(file), framework="pt")
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged ({error}); download it again") from error
+        if cause := disguise(file):
+            raise CheckpointError(f"{file} is {cause}") from error
+        raise CheckpointError(
+            f"{file} is damaged ({error}), it has {file.stat().st_size:,} bytes: half a download, "
+            "perhaps; download it again"
+        ) from error
 
 
 def _file(path: str, name: str, where: dict[str, Any]) -> Path:

@@ -4,22 +4,21 @@ Rows are made into messages by templates (`columns`), or are chats already (chat
 the result is checked here.
 """
 
-import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError, SampleError
-from phi3v.prepare.chats import as_list, read_llava, read_messages, read_references
-from phi3v.prepare.rows import Row, is_empty
-from phi3v.processing.prompt import IMAGE_TAG, Message, image_tags
+from phi3v.prepare.chats import COLUMN_OF, Chat, read_chat, read_references
+from phi3v.prepare.rows import Row
+from phi3v.prepare.templates import FIELD, columns_of, fill, find, head_of, left_over, parse
+from phi3v.processing.keys import as_list, is_empty, passed_over
+from phi3v.processing.prompt import IMAGE_TAG, Message, image_tags, settle_tags
 
-FIELD = re.compile(r"\{(\w[^{}]*)\}")  # {title}, {Full Price}; not {"title": 1}
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 cannot
-STEP = re.compile(r"\.([^.\[\]]+)|\[(\d{1,9})\]")
-NESTED = re.compile(rf"([^.\[\]]+)(?:{STEP.pattern})+")  # answers[0], query.en, pages[1].text
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,26 @@ class Conversation:
     """Checked messages, images numbered 1, 2, ... in order of appearance.
 
     references  every accepted last answer, where the row names them
+    untrained   positions of the answers that are not trained
     """
 
     id: str
     messages: tuple[Message, ...]
     images: tuple[Any, ...]
     references: tuple[str, ...] = ()
+    untrained: frozenset[int] = frozenset()
+
+    @property
+    def last_trained(self) -> int:
+        """The position of the last answer that is trained; of the last message if none is."""
+        answers = [k for k, message in enumerate(self.messages) if message["role"] == "assistant"]
+        trained = [k for k in answers if k not in self.untrained]
+        return trained[-1] if trained else len(self.messages) - 1
 
 
-def needed_columns(source: SourceSection) -> list[str]:
-    """Columns that the templates, images and references of a `columns` source name."""
-    fields = FIELD.findall((source.user or "") + (source.assistant or ""))
+def named_fields(source: SourceSection) -> list[str]:
+    """What the templates, images and references of a `columns` source name, as it stands there."""
+    fields = FIELD.findall((source.user or "") + "\n" + (source.assistant or ""))
     references = [source.references] if source.references else []
     return list(dict.fromkeys([*fields, *source.images, *references]))
 
@@ -50,24 +58,92 @@ def is_columns(source: SourceSection) -> bool:
 def check_columns(source: SourceSection, by: str | None, columns: Collection[str]) -> None:
     """Refuse a source whose rows lack a column that the recipe names.
 
-    Raises: ConfigError naming the column and those there are.
+    columns  those of the first row
+
+    Raises: ConfigError naming the column, or what looks like one, and those there are.
     """
     name_these = "name these in the recipe"
+    needed: dict[str, str] = {}
     if is_columns(source):
-        needed = dict.fromkeys(needed_columns(source), name_these)
-    elif source.format == "auto":
-        hint = "set source.user and source.assistant to make messages of these"
-        needed = {_chat_column(source, columns): hint}
+        _check_templates(source, columns)
+        for name in named_fields(source):
+            if not parse(name, columns).is_optional:
+                lacks = [column for column in columns_of(name, columns) if column not in columns]
+                needed |= {name if len(lacks) == 1 else column: name_these for column in lacks}
     else:
-        needed = {_chat_column(source, columns): "set source.format to what its rows hold"}
-    lacking = [(name, hint) for name, hint in needed.items() if _head(name, columns) not in columns]
-    if by is not None and by not in columns:
-        lacking.append((by, name_these))
+        column = COLUMN_OF[chat_format(source, columns)]
+        if source.format == "auto":
+            needed[column] = "set source.user and source.assistant to make messages of these"
+        else:
+            needed[column] = "set source.format to what its rows hold"
+    for other in (source.id, by):
+        if other is not None and head_of(other, columns) not in columns:
+            needed[other] = name_these
+    lacking = [(name, hint) for name, hint in needed.items() if name not in columns]
     for column, hint in lacking[:1]:
         raise ConfigError(
             f"source.path {source.path} has no column '{column}', it has: {', '.join(columns)}; "
             f"{hint}"
         )
+
+
+def _check_templates(source: SourceSection, columns: Collection[str]) -> None:
+    """Refuse a template that holds something like a field that no column fills."""
+    have = f"; source.path {source.path} has the columns {', '.join(columns)}"
+    for key in ("user", "assistant"):
+        template = getattr(source, key) or ""
+        if (left := left_over(template)) is not None:
+            raise ConfigError(
+                f"source.{key} holds {left!r}, which no column fills; write {{name}}, without "
+                f"blanks or braces in it{have}"
+            )
+        bare = template.strip(" \t\n<>[]()$%#@.:")
+        if bare in columns and not FIELD.search(template):
+            raise ConfigError(
+                f"source.{key} is {template!r}, a column's name and not its value; write "
+                f"{{{bare}}}{have}"
+            )
+    if not named_fields(source):
+        raise ConfigError(
+            "source.user, source.assistant and source.images name no column, so all rows would be "
+            f"the same; write {{name}} where a column belongs{have}"
+        )
+
+
+def check_hits(source: SourceSection, columns: Collection[str], rows: Iterable[Row]) -> None:
+    """Refuse a nested or optional name that nothing in any row answers to.
+
+    columns  those of the first row
+    rows     read up to the one that has the last of them
+
+    Raises: ConfigError naming it, and the columns there are.
+    """
+    names = named_fields(source) if is_columns(source) else []
+    names = [name for name in names if name not in columns]
+    left = {name: path for name in names if (path := parse(name, columns).path) not in columns}
+    if not left:
+        return
+    for row in rows:
+        found = [name for name, path in left.items() if _is_hit(row.values, path)]
+        left = {name: path for name, path in left.items() if name not in found}
+        if not left:
+            return
+    raise ConfigError(
+        f"source.path {source.path} has nothing in any row that '{next(iter(left))}' of the recipe "
+        f"names; its columns are {', '.join(columns)}"
+    )
+
+
+def _is_hit(values: Mapping[str, Any], path: str) -> bool:
+    if path in values:
+        return True
+    return not is_empty(find(values, path))
+
+
+def row_name(values: Mapping[str, Any], source: SourceSection) -> Any:
+    """What a row is called: by the recipe's source.id, else by its `id`; None if by neither."""
+    name = find(values, source.id) if source.id else values.get("id")
+    return None if is_empty(name) else name
 
 
 def read_conversation(row: Row, source: SourceSection) -> Conversation:
@@ -77,86 +153,90 @@ def read_conversation(row: Row, source: SourceSection) -> Conversation:
     """
     if row.fault:
         raise SampleError(f"the row {row.fault}")
-    messages, images = _read_chat(row.values, source)
+    chat = _read_chat(row.values, source)
     references = _references(row.values, source)
-    name = str(row.number if is_empty(row.values.get("id")) else row.values["id"])
-    _check_unicode([name, *references, *(message["content"] for message in messages)])
-    messages = [_checked(message, position) for position, message in enumerate(messages)]
+    given = row_name(row.values, source)
+    if given is None and source.id:
+        raise SampleError(f"column '{source.id}', which names the rows, is empty")
+    name = str(row.number if given is None else given)
+    _check_unicode([name, *references, *(message["content"] for message in chat.messages)])
+    messages = [_checked(message, position) for position, message in enumerate(chat.messages)]
     _check_turns(messages)
-    return _renumbered(name, messages, images, references)
+    return _renumbered(name, messages, chat, references)
 
 
-def _read_chat(values: Mapping[str, Any], source: SourceSection) -> tuple[list[Message], list[Any]]:
+def _read_chat(values: Mapping[str, Any], source: SourceSection) -> Chat:
     """Messages as the row has them, and the images that <|image_1|>, ... stand for."""
     if is_columns(source):
-        messages = [
-            Message(role="user", content=_fill(source.user or "", values)),
-            Message(role="assistant", content=_fill(source.assistant or "", values)),
-        ]
-        images = [_present(values, column) for column in source.images]
-        return messages, [each for image in images for each in as_list(image)]
-    if _chat_column(source, values) == "conversations":
-        return read_llava(values)
-    return read_messages(values)
+        return _read_columns(values, source)
+    return read_chat(values, chat_format(source, values), source.ignore or ())
+
+
+def _read_columns(values: Mapping[str, Any], source: SourceSection) -> Chat:
+    if key := passed_over(values, _named(source), bool(source.images)):
+        hint = "source.ignore" if source.images else "source.images, or in source.ignore"
+        raise SampleError(f"a column is passed over: '{key}'; name it in {hint}")
+    templates = source.user or "", source.assistant or ""
+    texts = settle_tags([fill(text, values) for text in templates], as_text=source.ignore or ())
+    images: list[Any] = []
+    lacking = []
+    for number, name in enumerate(source.images, 1):
+        held = as_list(_image(values, name))
+        images += held
+        lacking += [] if held else [number]
+    if lacking:
+        if len(images) + len(lacking) != len(source.images):
+            raise SampleError("a column of images holds several, where an optional one is empty")
+        texts[0] = _without_tags(texts[0], lacking)
+    roles = ("user", "assistant")
+    messages = [Message(role=role, content=t) for role, t in zip(roles, texts, strict=True)]
+    return Chat(messages, images)
+
+
+def _image(values: Mapping[str, Any], text: str) -> Any:
+    name = parse(text, values)
+    value = find(values, name.path)
+    if is_empty(value) and not name.is_optional:
+        raise SampleError(f"column '{name.path}' is empty")
+    return value
+
+
+def _without_tags(text: str, lacking: Sequence[int]) -> str:
+    """Take out the tags of images that a row does not have; a line of its own goes with its tag.
+
+    "<|image_1|>\\nWhat?" without image 1 -> "What?"
+    """
+    for number in lacking:
+        text = re.sub(rf"(?m)^<\|image_{number}\|>[ \t]*\n|<\|image_{number}\|>", "", text)
+
+    def renumbered(tag: re.Match[str]) -> str:
+        return f"<|image_{int(tag[1]) - sum(n < int(tag[1]) for n in lacking)}|>"
+
+    return IMAGE_TAG.sub(renumbered, text)
+
+
+@lru_cache(maxsize=256)
+def _named(source: SourceSection) -> frozenset[str]:
+    """Every column that a source of columns names, in whatever way."""
+    columns = [column for name in named_fields(source) for column in columns_of(name, ())]
+    exact = [parse(name, ()).path for name in named_fields(source)]
+    return frozenset([*columns, *exact, *named_fields(source), *(source.ignore or ())])
 
 
 def _references(values: Mapping[str, Any], source: SourceSection) -> tuple[str, ...]:
-    """Every accepted answer, where the recipe or a row of messages names them."""
+    """Every accepted answer, where the recipe or a row of a chat names them."""
     if is_columns(source):
-        return read_references(_find(values, source.references)) if source.references else ()
-    is_messages = _chat_column(source, values) == "messages"
-    return read_references(values.get("references")) if is_messages else ()
+        if not source.references:
+            return ()
+        return read_references(find(values, parse(source.references, values).path))
+    return read_references(values.get("references"))
 
 
-def _chat_column(source: SourceSection, columns: Collection[str]) -> str:
-    is_llava = "conversations" in columns and "messages" not in columns
-    if source.format == "llava" or (source.format == "auto" and is_llava):
-        return "conversations"
-    return "messages"
-
-
-def _fill(template: str, values: Mapping[str, Any]) -> str:
-    return FIELD.sub(lambda match: _text(values, match[1]), template)
-
-
-def _text(values: Mapping[str, Any], column: str) -> str:
-    value = _present(values, column)
-    if isinstance(value, list | dict | bytes):
-        raise SampleError(
-            f"column '{column}' is no text: a {type(value).__name__}; a list's first is "
-            f"{{{column}[0]}}, a field {{{column}.name}}"
-        )
-    if isinstance(value, float) and math.isinf(value):
-        raise SampleError(f"column '{column}' is not finite: {value}; leave it empty")
-    return str(value)
-
-
-def _present(values: Mapping[str, Any], column: str) -> Any:
-    value = _find(values, column)
-    if is_empty(value):
-        raise SampleError(f"column '{column}' is empty")
-    return value
-
-
-def _find(values: Mapping[str, Any], column: str) -> Any:
-    """A column's value, or what stands within it: query.en of {"query": {"en": "Hi"}} is Hi.
-
-    None where there is nothing.
-    """
-    head = _head(column, values)
-    value = values.get(head)
-    for name, number in STEP.findall(column[len(head) :]):
-        if number and isinstance(value, list):
-            value = value[int(number)] if int(number) < len(value) else None
-        else:
-            value = value.get(name) if name and isinstance(value, dict) else None
-    return value
-
-
-def _head(column: str, columns: Collection[str]) -> str:
-    """The column that {answers[0]} or {query.en} starts from; any name, if there is one of it."""
-    nested = None if column in columns else NESTED.fullmatch(column)
-    return nested[1] if nested else column
+def chat_format(source: SourceSection, columns: Collection[str]) -> str:
+    """Which format the rows have: the recipe's, else what their columns tell."""
+    if source.format != "auto":
+        return source.format
+    return next((name for name, column in COLUMN_OF.items() if column in columns), "messages")
 
 
 def _check_unicode(texts: Sequence[str]) -> None:
@@ -188,13 +268,14 @@ def _check_turns(messages: Sequence[Message]) -> None:
 
 
 def _renumbered(
-    name: str, messages: Sequence[Message], images: Sequence[Any], references: tuple[str, ...]
+    name: str, messages: Sequence[Message], chat: Chat, references: tuple[str, ...]
 ) -> Conversation:
     """Number image tags in order of appearance, and put the images in that order.
 
     The published processor accepts <|image_2|> before <|image_1|>, and the published model then
     swaps the two pictures without a word.
     """
+    images = chat.images
     tags = [tag for message in messages for tag in image_tags(message["content"])]
     if sorted(tags) != list(range(1, len(images) + 1)):
         raise SampleError(
@@ -209,4 +290,4 @@ def _renumbered(
         for m in messages
     ]
     shown = tuple(images[tag - 1] for tag in tags)
-    return Conversation(name, tuple(renamed), shown, references)
+    return Conversation(name, tuple(renamed), shown, references, chat.untrained)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3v.config import DatasetConfig, differing_keys
+from phi3v.config import DatasetConfig
 from phi3v.data import Dataset
 from phi3v.data.format import MANIFEST, read_manifest
 from phi3v.errors import ConfigError
@@ -29,7 +29,7 @@ from phi3v.prepare.joining import join_scans
 from phi3v.prepare.lock import locked
 from phi3v.prepare.manifest import clear, write_manifest
 from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, times_in
-from phi3v.prepare.recipe import begin, make_plan, resolved_recipe, start_afresh
+from phi3v.prepare.recipe import begin, differing, make_plan, resolved_recipe, start_afresh
 from phi3v.prepare.scan import scan_chunk
 from phi3v.prepare.sources import check_source
 from phi3v.prepare.workers import Tally, work_off
@@ -79,7 +79,7 @@ def prepare(cfg: DatasetConfig, say: Say = print) -> dict[str, Any]:
         if different:
             start_afresh(recipe, work)
             say(f"{work.path} held work on another recipe ({', '.join(different)}): started afresh")
-        plan = make_plan(cfg, recipe, work)
+        plan = make_plan(cfg, recipe, work, say)
         if _scan_is_due(plan, work):
             _scan(cfg, plan, work, Part())
             join_scans(cfg, plan, work)
@@ -96,7 +96,7 @@ def prepare_part(cfg: DatasetConfig, part: Part, say: Say = print) -> None:
         say(f"{cfg.out} is up to date")
         return
     with _work_folder(cfg, is_shared=True) as work:
-        plan = make_plan(cfg, _same_recipe(cfg, work), work)
+        plan = make_plan(cfg, _same_recipe(cfg, work), work, say)
         name, do = ("scan", _scan) if _scan_is_due(plan, work) else ("write", _write)
         do(cfg, plan, work, part)
         say(f"{name}: part {part.number} of {part.count} is done; after the last part: --merge")
@@ -149,10 +149,12 @@ def _existing(cfg: DatasetConfig) -> dict[str, Any] | None:
             )
         return None
     manifest = read_manifest(out)
-    if different := differing_keys(manifest["recipe"], resolved_recipe(cfg)):
+    if different := differing(manifest["recipe"], resolved_recipe(cfg)):
+        is_old = "images" not in manifest["recipe"] and "images.alpha" in different
+        old = ", or write images: {alpha: published, exif: published}, as it was made"
         raise ConfigError(
             f"{cfg.out} was made by another recipe: {', '.join(different)} differ; "
-            "name another folder in 'out', or remove this one"
+            f"name another folder in 'out', or remove this one{old if is_old else ''}"
         )
     for split in manifest["splits"]:
         Dataset(out, split)
@@ -240,7 +242,7 @@ def _unnamed(cfg: DatasetConfig, work: WorkFolder) -> dict[str, Any] | None:
     if work.recipe.is_file() or not (work.path / MANIFEST).is_file():
         return None
     manifest = read_manifest(work.path)
-    return None if differing_keys(manifest["recipe"], resolved_recipe(cfg)) else manifest
+    return None if differing(manifest["recipe"], resolved_recipe(cfg)) else manifest
 
 
 def _give_name(cfg: DatasetConfig, work: WorkFolder, manifest: dict[str, Any]) -> dict[str, Any]:

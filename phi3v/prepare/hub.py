@@ -16,10 +16,12 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
-from phi3v.files import replacing, write_json
+from phi3v.files import disguise, replacing, write_json
+from phi3v.prepare.places import local_path
 from phi3v.prepare.tables import FEW, TableRows, open_streams
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -30,9 +32,21 @@ LONG = 300  # characters of a message of `datasets` that are shown
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a text that is no path may be a dataset's name: owner/name, or name."""
+    """Whether a text that is no path may be a dataset's name: owner/name, or name.
+
+    Not one of the loaders of `datasets` (imagefolder, json), which would read the current folder.
+    """
     is_file = FILE_SUFFIX.fullmatch(Path(path).suffix.lower())
-    return NAME.fullmatch(path) is not None and not is_file
+    is_loader = path in _PACKAGED_DATASETS_MODULES
+    return NAME.fullmatch(path) is not None and not is_file and not is_loader
+
+
+def _named(path: str) -> str:
+    """What `datasets` is to load: a folder that exists by its full path, which it cannot take for
+    the name of one of its loaders, or of a hub dataset.
+    """
+    place = local_path(path)
+    return str(place.absolute()) if place.exists() else path
 
 
 def hub_digest(section: SourceSection) -> str:
@@ -42,7 +56,9 @@ def hub_digest(section: SourceSection) -> str:
     """
     path = section.paths[0]
     with _told(path):
-        builder = datasets.load_dataset_builder(path, section.config, revision=section.revision)
+        builder = datasets.load_dataset_builder(
+            _named(path), section.config, revision=section.revision
+        )
     return _sha256([path, builder.config.name, section.split, builder.hash])
 
 
@@ -69,15 +85,16 @@ def open_dataset(
 def _load(section: SourceSection) -> datasets.Dataset | datasets.IterableDataset:
     path = section.paths[0]
     with _told(path):
-        if not any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):
+        saved_names = ("dataset_dict.json", "state.json")
+        if not any(local_path(path).joinpath(name).is_file() for name in saved_names):
             return datasets.load_dataset(
-                path,
+                _named(path),
                 section.config,
                 split=section.split,
                 revision=section.revision,
                 streaming=section.streaming,
             )
-        saved = datasets.load_from_disk(path)
+        saved = datasets.load_from_disk(_named(path))
     if isinstance(saved, datasets.DatasetDict):
         if section.split not in saved:
             raise ConfigError(
@@ -94,8 +111,10 @@ def _told(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # OSError, ValueError, and those of datasets, httpx and readers
+        if found := _disguised(local_path(path)):
+            raise ConfigError(f"source.path {path}: {found}") from error
         reason = " ".join(str(error).split())[:LONG] or type(error).__name__
-        if Path(path).exists():
+        if local_path(path).exists():
             problem = f"cannot be read by datasets: {reason}; check source.split, or name a file"
         else:
             problem = (
@@ -103,6 +122,12 @@ def _told(path: str) -> Iterator[None]:
                 "or the dataset's name, config, split and revision"
             )
         raise ConfigError(f"source.path {path} {problem}") from error
+
+
+def _disguised(folder: Path) -> str | None:
+    """A file of a folder that is not what its name says, and what it is."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return next((f"{file} is {cause}" for file in files if (cause := disguise(file))), None)
 
 
 def spool(dataset: datasets.IterableDataset, folder: Path, section: SourceSection) -> list[Path]:
@@ -132,6 +157,8 @@ class _Kept:
 def _spool_on(
     dataset: datasets.IterableDataset, folder: Path, section: SourceSection, kept: _Kept
 ) -> _Kept:
+    features = dataset.features
+    metadata = features.arrow_schema.metadata if features else None  # the names of classes
     if kept.state:
         dataset.load_state_dict(kept.state)
     left = sys.maxsize if section.max_rows is None else section.max_rows - kept.rows
@@ -141,7 +168,7 @@ def _spool_on(
         if size >= PART_BYTES:
             kept = _keep(folder, kept, held, state)
             held, size = [], 0
-        held.append(table)
+        held.append(table.replace_schema_metadata(metadata or table.schema.metadata))
         size += table.nbytes
         state = dataset.state_dict()
     return _keep(folder, kept, held, None)

@@ -1,13 +1,11 @@
 """An image reference of a row to a picture: found, its header read, decoded when its turn comes.
 
-    loader = ImageLoader(root, max_pixels=100_000_000, cache=ImageCache(folder, cfg.fetch))
+    loader = ImageLoader(root, 100_000_000, ImageCache(folder, cfg.fetch), cfg.images)
     loader.prefetch(references)  # those at http(s) addresses, at once
     picture = loader.picture("images/a1.jpg")
-    picture.width, picture.height, picture.decode()
+    picture.width, picture.height, picture.decode().image
 
-A picture is what the published processor takes: the first frame in RGB, alpha dropped, EXIF
-orientation ignored (Pillow itself turns a TIFF, before anybody sees its size). Samples of more than
-8 bits are clipped at 255, not scaled: that too is what `convert("RGB")` does for the processor.
+What its pixels are is decided in `phi3v.processing.pixels`, by the recipe's `images`.
 """
 
 import base64
@@ -27,12 +25,22 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from phi3v.config.dataset import ImagesSection
 from phi3v.errors import SampleError
+from phi3v.files import HEAD, disguise_of
 from phi3v.prepare.fetch import ImageCache
+from phi3v.prepare.places import find_file, local_path, nearby
 from phi3v.prepare.web import has_image_signature, shown_url
+from phi3v.processing.pixels import (
+    FORMATS,
+    Pixels,
+    flatten,
+    orientation,
+    to_rgb,
+    turned,
+    upright_size,
+)
 
-# Not EPS (starts Ghostscript), not WMF or FITS, none without a signature of its own (TGA, SPIDER).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 SIGNATURE_BYTES = 16
 STDERR = 2
 LONG = 300  # characters of a reference that are shown; it may be a whole image in base64
@@ -45,33 +53,37 @@ class Picture:
     """An encoded image whose header was read.
 
     name           for messages: its path or address, or how many bytes it has
-    width, height  pixels, before any EXIF orientation
+    width, height  pixels, as `rules` turn it
+    known          what was done to `data` when they were made of a picture that was decoded before
     """
 
     data: bytes = field(repr=False)
     name: str
     width: int
     height: int
+    rules: ImagesSection
+    known: frozenset[str] = frozenset()
 
     @property
     def digest(self) -> bytes:
         """The first 16 bytes of the SHA-256 of `data`."""
         return hashlib.sha256(self.data).digest()[:16]
 
-    def decode(self) -> Image.Image:
+    def decode(self) -> Pixels:
         """Decode the first frame to RGB.
 
-        Raises: SampleError if it is damaged.
+        Raises: SampleError if it is damaged, or its pixels have no agreed meaning.
         """
         with _pillow(self.name, self.data), _open(self.data) as image:
-            image.load()
-            picture = image if image.mode == "RGB" else image.convert("RGB")  # else a mere copy
-        if picture.size != (self.width, self.height):
+            with _named(self.name):
+                pixels = to_rgb(image, self.rules)
+        found = pixels.image
+        if found.size != (self.width, self.height):
             raise SampleError(
-                f"image cannot be read: {self.name}, {picture.width}x{picture.height} pixels where "
+                f"image cannot be read: {self.name}, {found.width}x{found.height} pixels where "
                 f"its header says {self.width}x{self.height}"
             )
-        return picture
+        return Pixels(found, pixels.traits | self.known)
 
     def thumbnail(self, side: int) -> np.ndarray:
         """Shrink the first frame to gray, for comparison with others.
@@ -84,11 +96,14 @@ class Picture:
         with _pillow(self.name, self.data), _open(self.data) as image:
             drafted = image.draft("L", (side, side))
             box = drafted[1] if drafted else None  # of the smaller picture, without padding
-            gray = image.convert("RGB").convert("L")
-            return np.asarray(gray.resize((side, side), Image.Resampling.BILINEAR, box))
+            with _named(self.name):
+                gray = flatten(image, self.rules).image.convert("L")
+            small = gray.resize((side, side), Image.Resampling.BILINEAR, box)
+            turn = orientation(image) if self.rules.exif == "apply" else 1
+            return np.asarray(turned(small, turn))
 
 
-def open_picture(data: bytes, name: str, max_pixels: int) -> Picture:
+def open_picture(data: bytes, name: str, max_pixels: int, rules: ImagesSection) -> Picture:
     """Read the header of an encoded image.
 
     Raises: SampleError if it is none, or has more pixels than `max_pixels`.
@@ -96,9 +111,9 @@ def open_picture(data: bytes, name: str, max_pixels: int) -> Picture:
     if not data:
         raise SampleError(f"image cannot be read: {name}, it has 0 bytes")
     with _pillow(name, data), _open(data) as image:
-        width, height = image.size
-    _check_size(width, height, name, max_pixels)
-    return Picture(data, name, width, height)
+        _check_size(*image.size, name, max_pixels)
+        width, height = upright_size(image, data, rules)
+    return Picture(data, name, width, height, rules)
 
 
 class ImageLoader:
@@ -107,10 +122,13 @@ class ImageLoader:
     root        where relative paths start
     max_pixels  width x height of a picture at most
     cache       fetches what is at an http(s) address; None: such images are rejected
+    rules       of their pixels
     """
 
-    def __init__(self, root: Path, max_pixels: int, cache: ImageCache | None) -> None:
-        self.root, self.max_pixels, self.cache = root, max_pixels, cache
+    def __init__(
+        self, root: Path, max_pixels: int, cache: ImageCache | None, rules: ImagesSection
+    ) -> None:
+        self.root, self.max_pixels, self.cache, self.rules = root, max_pixels, cache, rules
 
     def prefetch(self, references: Sequence[Any]) -> None:
         """Fetch all that have an http(s) address, many at once; `picture` raises what failed."""
@@ -128,13 +146,16 @@ class ImageLoader:
         reference = _inner(reference)
         if isinstance(reference, bytes | bytearray | memoryview):
             data = bytes(reference)
-            return open_picture(data, f"{len(data):,} bytes", self.max_pixels)
+            return self._open(data, f"{len(data):,} bytes")
         if isinstance(reference, Image.Image):
             return self._encoded(reference)
         if isinstance(reference, str):
             name = shown_url(reference) if _is_web(reference) else reference
-            return open_picture(self._read(reference), _shortened(name), self.max_pixels)
+            return self._open(self._read(reference), _shortened(name))
         raise SampleError(f"image reference of type {type(reference).__name__} is no path or bytes")
+
+    def _open(self, data: bytes, name: str) -> Picture:
+        return open_picture(data, name, self.max_pixels, self.rules)
 
     def _read(self, text: str) -> bytes:
         if _is_web(text):
@@ -142,16 +163,19 @@ class ImageLoader:
         if scheme := SCHEME.match(text):
             if scheme[0].lower() == "data:":
                 return _data_url(text)
+            if scheme[0].lower() == "file://":
+                return self._read(str(local_path(text)))
             raise SampleError(
                 f"image is at an address of another kind than http(s): {_shortened(text)}; bring "
                 "the file and name its path"
             )
-        path = os.path.join(self.root, text)
-        if os.path.isfile(path):  # False for a text of any kind, where Path.is_file raises
+        if path := find_file(self.root, text):
             return _file(path, text)
         data = _base64(text)
         if data is None or not has_image_signature(data):
-            raise SampleError(f"image does not exist: {self.root / _shortened(text)}")
+            close = nearby(self.root / text) if len(text) < LONG else None
+            there = f"; there is {close}" if close else ""
+            raise SampleError(f"image does not exist: {self.root / _shortened(text)}{there}")
         return data
 
     def _fetched(self, url: str) -> bytes:
@@ -168,9 +192,11 @@ class ImageLoader:
         name = f"a decoded image of {image.width}x{image.height} pixels"
         _check_size(image.width, image.height, name, self.max_pixels)
         buffer = BytesIO()
-        with _pillow(name):
-            image.convert("RGB").save(buffer, "BMP")
-        return Picture(buffer.getvalue(), name, image.width, image.height)
+        with _pillow(name), _named(name):
+            pixels = to_rgb(image, self.rules)
+            pixels.image.save(buffer, "BMP")
+        width, height = pixels.image.size
+        return Picture(buffer.getvalue(), name, width, height, self.rules, pixels.traits)
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
@@ -199,12 +225,23 @@ def _pillow(name: str, data: bytes = b"") -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
+        except SampleError:
+            raise
         except UnidentifiedImageError as error:  # its text holds an address in memory
             what = f"cannot identify image file, it starts with {data[:16]!r}"
             raise SampleError(f"image cannot be read: {name}, {what}") from error
         except Exception as error:  # seen: OSError, SyntaxError, ValueError, RuntimeError, KeyError
             what = str(error) or type(error).__name__
             raise SampleError(f"image cannot be read: {name}, {what}") from error
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which picture it is whose pixels have no agreed meaning."""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(f"{error} ({name})") from error
 
 
 @contextmanager
@@ -247,7 +284,11 @@ def _file(path: str, name: str) -> bytes:
     try:
         with open(path, "rb") as file:
             head = file.read(SIGNATURE_BYTES)  # not the 200 GB of an archive
-            return head + file.read() if has_image_signature(head) else head
+            if has_image_signature(head):
+                return head + file.read()
+            if cause := disguise_of(head + file.read(HEAD)):
+                raise SampleError(f"image cannot be read: {name}, it is {cause}")
+            return head
     except OSError as error:
         raise SampleError(f"image cannot be read: {name}, {error.strerror}") from error
 

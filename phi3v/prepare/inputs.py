@@ -1,22 +1,24 @@
 """What a worker needs to turn rows into samples: sources, images, tokenizer, opened once."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from phi3v.config import DatasetConfig
-from phi3v.config.dataset import SourceSection
+from phi3v.config.dataset import SourceSection, SplitSection
 from phi3v.errors import SampleError
 from phi3v.prepare.conversations import Conversation, read_conversation
 from phi3v.prepare.fetch import ImageCache
 from phi3v.prepare.images import ImageLoader
+from phi3v.prepare.places import local_path
 from phi3v.prepare.plan import Chunk, Plan, WorkFolder
 from phi3v.prepare.rows import Row
 from phi3v.prepare.samples import SampleBuilder
 from phi3v.prepare.sources import Source, open_source
 from phi3v.processing import Phi3VProcessor
+from phi3v.processing.keys import ROW_KEYS
 
 BATCH_BYTES = 64 << 20  # of images that stand in the rows themselves, held at once
 
@@ -26,12 +28,13 @@ Item = tuple[Row, Conversation | SampleError]
 
 @dataclass(frozen=True)
 class Input:
-    """One source, opened."""
+    """One source, opened; `is_held_out`: all of its rows are."""
 
     section: SourceSection
     source: Source
     loader: ImageLoader
     builder: SampleBuilder
+    is_held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,25 @@ def open_inputs(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> Inputs:
     parts = []
     for number, (section, state) in enumerate(zip(cfg.sources, plan.states, strict=True)):
         source = open_source(section, work.spool(number), state)
-        loader = ImageLoader(image_root(section), cfg.max_pixels, cache)
+        section = _with_named(section, cfg.split)
+        loader = ImageLoader(image_root(section), cfg.max_pixels, cache, cfg.images)
         builder = SampleBuilder(open_processor(cfg, section), cfg.max_tokens)
-        parts.append(Input(section, source, loader, builder))
+        is_held_out = number >= cfg.first_held_out
+        parts.append(Input(section, source, loader, builder, is_held_out))
     return Inputs(cfg, plan, work, tuple(parts))
 
 
+def _with_named(section: SourceSection, split: SplitSection) -> SourceSection:
+    """Have the columns understood that the recipe names elsewhere, to split by or to name rows."""
+    named = (section.id, split.by, split.stratify)
+    others = (name for name in named if name and name not in ROW_KEYS)
+    return replace(section, ignore=tuple(dict.fromkeys([*(section.ignore or ()), *others])))
+
+
 def open_processor(cfg: DatasetConfig, section: SourceSection) -> Phi3VProcessor:
-    """The model's processor with the recipe's resolution policy, and the source's."""
+    """The model's processor with the recipe's settings of pictures, and the source's."""
     num_crops = section.num_crops or cfg.num_crops
-    return Phi3VProcessor.from_pretrained(
-        cfg.model, num_crops=num_crops, never_upscale=cfg.never_upscale
-    )
+    return Phi3VProcessor.from_pretrained(cfg.model, num_crops, cfg.never_upscale, cfg.images)
 
 
 def fetch_folder(cfg: DatasetConfig) -> Path:
@@ -90,12 +100,14 @@ def fetch_folder(cfg: DatasetConfig) -> Path:
 def image_root(section: SourceSection) -> Path:
     """Where relative image paths of a source start."""
     if section.image_root:
-        return Path(section.image_root)
-    path = Path(section.paths[0])
+        return local_path(section.image_root)
+    path = local_path(section.paths[0])
     return path.parent if path.exists() else Path()
 
 
 def _conversation(row: Row, section: SourceSection) -> Conversation | SampleError:
+    if row.is_left_out:
+        return SampleError("left out")  # so that none of its pictures is fetched
     try:
         return read_conversation(row, section)
     except SampleError as error:

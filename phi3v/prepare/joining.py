@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from phi3v.config import DatasetConfig
 from phi3v.files import replacing, write_json
 from phi3v.prepare.plan import ROW, Plan, Shard, WorkFolder, plan_shards, read_table
-from phi3v.prepare.split import RowImages, Sides, choose_sides
+from phi3v.prepare.split import RowImages, Sides, choose_sides, own_sides
 
 
 def join_scans(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> list[Shard]:
@@ -22,10 +22,12 @@ def join_scans(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> list[Shard]:
 
     Shards that were written after an earlier scan stay if nothing about them has changed.
     """
-    table = pa.concat_tables([read_table(work.scan(chunk)) for chunk in plan.chunks])
+    tables = [read_table(work.scan(chunk)) for chunk in plan.chunks]
+    table = pa.concat_tables(tables, promote_options="default")
     take = _numbers(table, "take")
     usable = np.flatnonzero(take)
-    sides = _sides(cfg, table.select(["key", "stratum", "digests", "hashes"]).take(usable))
+    parts = table.select(["key", "stratum", "digests", "hashes"]).take(usable)
+    sides = _sides(cfg, parts, usable >= sum(plan.num_rows[: cfg.first_held_out]))
     rows = np.zeros(plan.rows, ROW)
     rows["tokens"] = _numbers(table, "tokens")
     rows["take"][usable] = np.where(sides.held_out, -1, take[usable])
@@ -45,14 +47,15 @@ def _numbers(table: pa.Table, column: str) -> np.ndarray:
     return pc.fill_null(table[column], 0).to_numpy()
 
 
-def _sides(cfg: DatasetConfig, table: pa.Table) -> Sides:
+def _sides(cfg: DatasetConfig, table: pa.Table, own: np.ndarray) -> Sides:
+    """The sides of the rows; `own`, bool (rows,): which are held out by the user's own choice."""
+    images = _images(table) if cfg.split.compares_pictures else None
+    if cfg.split.own:
+        return own_sides(own, images)
     strata = None
     if cfg.split.stratify:
         strata = table["stratum"].combine_chunks().dictionary_encode().indices.to_numpy()
-    images = None
-    if cfg.split.validation and cfg.split.near_duplicates == "together":
-        images = _images(table)
-    return choose_sides(_numbers(table, "key"), cfg.split.validation, strata, images)
+    return choose_sides(_numbers(table, "key"), cfg.split.share, strata, images)
 
 
 def _images(table: pa.Table) -> RowImages:
@@ -79,6 +82,6 @@ def _report(table: pa.Table, sides: Sides, times: np.ndarray) -> dict[str, Any]:
         "left_out": pc.sum(is_left_out).as_py() or 0,
         "saved_tokens": int((times * _numbers(table, "saved_tokens")).sum()),
         "near_duplicates": {
-            name: value for name, value in vars(sides).items() if name != "held_out"
+            name: value for name, value in vars(sides).items() if not isinstance(value, np.ndarray)
         },
     }

@@ -36,6 +36,10 @@ def write_manifest(
         _refuse_empty(cfg, plan, splits, len(found))
     report = json.loads(work.report.read_text(encoding="utf-8"))
     processor = open_processor(cfg, cfg.sources[0])
+    pictures = [
+        {"source": section.paths[0], **open_processor(cfg, section).pictures.to_dict()}
+        for section in cfg.sources
+    ]
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": _fingerprint(plan.recipe, splits),
@@ -44,7 +48,8 @@ def write_manifest(
         "image_side": processor.side,
         "image_mean": list(processor.image_mean),
         "image_std": list(processor.image_std),
-        "num_crops": max(open_processor(cfg, section).num_crops for section in cfg.sources),
+        "num_crops": max(entry["num_crops"] for entry in pictures),
+        "pictures": pictures,
         "tokenizer": processor.tokenizer_digest,
         "pixels": Codec(cfg.pixels.codec, cfg.pixels.quality).to_manifest(),
         "splits": splits,
@@ -75,7 +80,7 @@ def clear(work: WorkFolder, manifest: dict[str, Any]) -> None:
 
 
 def _splits(cfg: DatasetConfig) -> list[str]:
-    return ["train", "validation"] if cfg.split.validation else ["train"]
+    return ["train", "validation"] if cfg.split.holds_out else ["train"]
 
 
 def _finish_split(work: WorkFolder, split: str, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def _refuse_empty(
     raise ConfigError(
         f"source.path {paths} gave no training sample: of {plan.rows} rows {held_out} are "
         f"held out and {num_rejected} rejected; give more rows, or lower "
-        f"split.validation {cfg.split.validation}"
+        f"split.validation {cfg.split.share}"
     )
 
 

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from phi3v.config import DatasetConfig, differing_keys, to_dict
 from phi3v.errors import ConfigError
 from phi3v.files import sha256, write_json
-from phi3v.prepare.conversations import check_columns
+from phi3v.pictures import PUBLISHED
+from phi3v.prepare.conversations import check_columns, check_hits
+from phi3v.prepare.convert import convert_digest
 from phi3v.prepare.inputs import open_processor
 from phi3v.prepare.lock import locked
 from phi3v.prepare.plan import Plan, WorkFolder
@@ -16,6 +20,7 @@ from phi3v.prepare.sources import Source, open_source, source_digest
 from phi3v.processing.processor import model_file
 
 MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
+LATER = ("id", "ignore", "convert", "delimiter")
 HOW = ("out", "workers", "fetch")
 """Keys that say how the work is done, not what comes of it."""
 
@@ -29,6 +34,7 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
     Raises: ConfigError if a source or a file of the model is missing.
     """
     recipe = {key: value for key, value in to_dict(cfg).items() if key not in HOW}
+    recipe["source"] = _without_later(recipe["source"])
     processor = open_processor(cfg, cfg.sources[0])
     files = _Digests(known)
     digests = [source_digest(section, files.digest) for section in cfg.sources]
@@ -39,7 +45,18 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
         "crop_size": processor.crop_size,
         "image_side": processor.side,
     }
+    if functions := [convert_digest(s.convert) for s in cfg.sources if s.convert]:
+        recipe["inputs"]["convert"] = functions[0] if len(functions) == 1 else functions
     return recipe
+
+
+def _without_later(source: Any) -> Any:
+    """Leave out keys that say nothing and came when datasets had been made without them: these
+    keep their fingerprint, which decides the order of training.
+    """
+    if isinstance(source, list):
+        return [_without_later(section) for section in source]
+    return {key: v for key, v in source.items() if key not in LATER or v is not None}
 
 
 class _Digests:
@@ -90,8 +107,13 @@ def start_afresh(recipe: dict[str, Any], work: WorkFolder) -> None:
     write_json(work.recipe, recipe)
 
 
-def make_plan(cfg: DatasetConfig, recipe: dict[str, Any], work: WorkFolder) -> Plan:
-    """The plan of the work folder, made now if there is none.
+def make_plan(
+    cfg: DatasetConfig,
+    recipe: dict[str, Any],
+    work: WorkFolder,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """The plan of the work folder, made now if there is none; `say` is told what was guessed.
 
     Raises: ConfigError if the recipe does not fit its sources.
     """
@@ -99,15 +121,28 @@ def make_plan(cfg: DatasetConfig, recipe: dict[str, Any], work: WorkFolder) -> P
         if plan := work.read_plan(recipe):
             return plan
         sources = [_open(cfg, number, work) for number in range(len(cfg.sources))]
+        for remark in dict.fromkeys(source.remark for source in sources):
+            if remark:
+                say(remark)
         states = tuple(source.state() for source in sources)
         plan = Plan(recipe, states, tuple(source.num_rows for source in sources))
         work.write_plan(plan)
         return plan
 
 
+def differing(made: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
+    """The keys in which a recipe differs from what a dataset was made by.
+
+    The model may lie elsewhere: what matters of it has digests. A recipe of before there was a
+    choice of `images` means the published pixels.
+    """
+    before = {"images": asdict(PUBLISHED), **made, "model": recipe["model"]}
+    return differing_keys(before, recipe)
+
+
 def _differing(before: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
     """max_rejected only judges what was found: after a stop it may be raised, and work goes on."""
-    return [key for key in differing_keys(before, recipe) if key != "max_rejected"]
+    return [key for key in differing(before, recipe) if key != "max_rejected"]
 
 
 def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
@@ -118,5 +153,9 @@ def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
     columns = source.columns
     if columns is not None:
         for column in (cfg.split.by, cfg.split.stratify):
+            if column and number >= cfg.first_held_out:
+                continue  # all of its rows are held out, whatever they are split by
             check_columns(section, column, columns)
+        rows = source.read(0, source.num_rows)
+        check_hits(section, columns, (row for row in rows if not row.fault and not row.is_left_out))
     return source

@@ -14,27 +14,33 @@ from phi3v.files import replacing
 from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, read_table
 
 SHOWN_REASONS = 3
+NAMED = ("id", "reason", "line")  # columns of a scan; one begun before there were lines has none
 
 
 @dataclass(frozen=True, order=True)
 class Rejection:
-    """A row (its number among those of all sources) that cannot be used; its id is JSON."""
+    """A row (its number among those of all sources) that cannot be used; its id is JSON.
+
+    line  of a text file, from 1
+    """
 
     number: int
     id: str | None
     reason: str
+    line: int | None = None
 
 
 def in_scan(plan: Plan, work: WorkFolder, chunks: Sequence[Chunk]) -> Iterator[Rejection]:
     """What the scan has rejected of these chunks."""
     for chunk in chunks:
-        table = read_table(work.scan(chunk)).select(["id", "reason"])
+        table = read_table(work.scan(chunk))
+        table = table.select([name for name in NAMED if name in table.column_names])
         if table["reason"].null_count == len(table):
             continue
         first = plan.first_rows[chunk.source] + chunk.start
         for row, record in enumerate(table.to_pylist()):
             if record["reason"] is not None:
-                yield Rejection(first + row, record["id"], record["reason"])
+                yield Rejection(first + row, **record)
 
 
 def in_write(work: WorkFolder, shards: Sequence[Shard]) -> Iterator[Rejection]:
@@ -58,10 +64,11 @@ def write_rejected(
     with replacing(work.path / REJECTED) as temporary:
         with temporary.open("wb") as file:
             for rejection in sorted(rejections):
-                source = int(np.searchsorted(first_rows, rejection.number, side="right")) - 1
+                source = _source_of(rejection, first_rows)
                 entry = {
                     "source": cfg.sources[source].paths[0],
                     "row": rejection.number - first_rows[source],
+                    "line": rejection.line,
                     "id": json.loads(rejection.id) if rejection.id else None,
                     "reason": rejection.reason,
                 }
@@ -92,9 +99,21 @@ def check_share(
     first = min(rejections)
     raise ConfigError(
         f"{len(rejections)} of {plan.rows} rows of {paths} cannot be used, max_rejected allows a "
-        f"share of {cfg.max_rejected}: {reasons}; first: row {first.number}, {first.reason}; "
-        f"mend the rows that {work.path / REJECTED} lists, or raise max_rejected"
+        f"share of {cfg.max_rejected}: {reasons}; first: {_place(cfg, plan, first)}, {first.reason}"
+        f"; mend the rows that {work.path / REJECTED} lists, or raise max_rejected"
     )
+
+
+def _source_of(rejection: Rejection, first_rows: Sequence[int]) -> int:
+    return int(np.searchsorted(first_rows, rejection.number, side="right")) - 1
+
+
+def _place(cfg: DatasetConfig, plan: Plan, rejection: Rejection) -> str:
+    """Where a row stands, counted from 1 as editors do: "row 7, line 8 of shop.csv"."""
+    source = _source_of(rejection, plan.first_rows)
+    row = rejection.number - plan.first_rows[source] + 1
+    line = f", line {rejection.line:,}" if rejection.line else ""
+    return f"row {row:,}{line} of {cfg.sources[source].paths[0]}"
 
 
 def _forget(plan: Plan, work: WorkFolder, rejections: Sequence[Rejection]) -> None:

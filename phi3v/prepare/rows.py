@@ -5,13 +5,30 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
+class ClassName(str):
+    """The name of a class, which its file holds as a number, `id`."""
+
+    id: int
+
+    def __new__(cls, name: str, number: int) -> "ClassName":
+        made = super().__new__(cls, name)
+        made.id = number
+        return made
+
+
 @dataclass(frozen=True)
 class Row:
-    """One row of a source: its number from 0, its values by column, or why it cannot be read."""
+    """One row of a source: its number from 0, its values by column, or why it cannot be read.
+
+    line         of a text file, where it starts, from 1
+    is_left_out  the recipe's function gave nothing for it
+    """
 
     number: int
     values: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
+    line: int | None = None
+    is_left_out: bool = False
 
 
 class Rows(Protocol):
@@ -26,9 +43,3 @@ class Rows(Protocol):
 
     def state(self) -> dict[str, Any]:
         """What is to be known, as JSON, to open the rows again without a pass over all of them."""
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing: None, NaN, white space, or an empty list."""
-    is_nan = isinstance(value, float) and value != value
-    return value is None or is_nan or value == [] or (isinstance(value, str) and not value.strip())

@@ -1,5 +1,6 @@
 """From a conversation to a sample: tokens, labels, canvases."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,33 +47,57 @@ class SampleBuilder:
         if self.max_tokens is not None and len(ids) > self.max_tokens:
             raise SampleError(f"too many tokens: {len(ids):,}, max_tokens is {self.max_tokens:,}")
         labels = label(ids, self.assistant_id, self.end_id)
+        if conversation.untrained:
+            self._leave_untrained(conversation, np.asarray(ids), labels)
         if not (labels != IGNORED).any():
-            raise SampleError("no token is trained: the chat holds no answer")
+            raise SampleError("no token is trained: the chat holds no answer that is to be trained")
         return Tokens(np.array(ids, dtype=np.int32), labels, counts)
+
+    def _leave_untrained(
+        self, conversation: Conversation, ids: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Take the labels off the answers that are not trained."""
+        answers = _answers(conversation)
+        numbers = [answers.index(k) + 1 for k in conversation.untrained if k in answers]
+        labels[np.isin(np.cumsum(ids == self.assistant_id), numbers)] = IGNORED
 
     def build(
         self, conversation: Conversation, pictures: Sequence[Picture], provenance: dict[str, Any]
-    ) -> Sample:
-        """Encode a conversation and the canvases of its pictures.
+    ) -> tuple[Sample, Counter[str]]:
+        """Encode a conversation and the canvases of its pictures; count what these needed.
 
+        returns  the sample, and how many of its pictures have which of `pixels.TRAITS`
         Raises: SampleError if it cannot be trained on as it stands.
         """
         tokens = self.tokens(conversation, [(p.width, p.height) for p in pictures])
-        canvases = [self.processor.canvas(picture.decode()) for picture in pictures]
+        traits: Counter[str] = Counter()
+        canvases = []
+        for picture in pictures:
+            pixels = picture.decode()
+            canvases.append(self.processor.canvas(pixels.image))
+            traits.update(pixels.traits)
         assert tuple(self.processor.canvas_tokens(c) for c in canvases) == tokens.of_images
+        opened = np.flatnonzero(tokens.input_ids == self.assistant_id)
+        last = conversation.last_trained
         meta: dict[str, Any] = {
-            "prompt_length": int(np.flatnonzero(tokens.input_ids == self.assistant_id)[-1]) + 1,
-            "reference": conversation.messages[-1]["content"],
+            "prompt_length": int(opened[_answers(conversation).index(last)]) + 1,
+            "reference": conversation.messages[last]["content"],
         }
         if conversation.references:
             meta["references"] = list(conversation.references)
-        return Sample(
+        sample = Sample(
             id=conversation.id,
             input_ids=tokens.input_ids,
             labels=tokens.labels,
             images=tuple(Canvas(canvas) for canvas in canvases),
             meta=meta | provenance,
         )
+        return sample, traits
+
+
+def _answers(conversation: Conversation) -> list[int]:
+    """The positions of the answers among the messages."""
+    return [k for k, message in enumerate(conversation.messages) if message["role"] == "assistant"]
 
 
 def control_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import SampleError
 from phi3v.geometry import hd_layout, image_tokens
-from phi3v.prepare.conversations import Conversation
+from phi3v.prepare.conversations import Conversation, row_name
 from phi3v.prepare.duplicates import THUMBNAIL, WORDS, perceptual_hash
 from phi3v.prepare.images import Picture
 from phi3v.prepare.inputs import Input, Inputs
 from phi3v.prepare.plan import Chunk, write_table
-from phi3v.prepare.rows import Row, is_empty
+from phi3v.prepare.rows import ClassName, Row
 from phi3v.prepare.split import hash64, split_key
 from phi3v.prepare.workers import Done
 from phi3v.processing import Phi3VProcessor
+from phi3v.processing.keys import is_empty
 
 LONGEST = 500  # characters of a reason
 PIXEL_BYTES, TOKEN_BYTES, SAMPLE_BYTES = 3, 8, 1000  # in a shard, about
@@ -30,6 +32,7 @@ PIXEL_BYTES, TOKEN_BYTES, SAMPLE_BYTES = 3, 8, 1000  # in a shard, about
 SCAN_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),  # of the source
+        ("line", pa.int64()),  # of a text file, from 1
         ("id", pa.string()),  # JSON
         ("reason", pa.string()),  # null: the row can be used
         ("take", pa.int16()),  # how often; 0: its source's weight leaves it out
@@ -50,7 +53,7 @@ def scan_chunk(inputs: Inputs, chunk: Chunk) -> Done:
     records, images, read = [], 0, 0
     wanted = np.ones(chunk.stop - chunk.start, dtype=bool)
     for row, conversation in inputs.conversations(chunk, wanted):
-        record = {"row": row.number, "id": row_id(row)}
+        record = {"row": row.number, "line": row.line, "id": row_id(row, part.section)}
         try:
             taken, pictures = _scan(inputs, part, row, conversation)
             record |= taken
@@ -69,13 +72,17 @@ def _scan(
     inputs: Inputs, part: Input, row: Row, conversation: Conversation | SampleError
 ) -> tuple[dict[str, Any], Sequence[Picture]]:
     cfg = inputs.cfg
+    if row.is_left_out:
+        return {"take": 0}, ()
     if isinstance(conversation, SampleError):
         raise conversation
     take = _times(part.section.weight, conversation.id, cfg.split.seed)
     if not take:
         return {"take": 0}, ()
-    key = _column(row.values, cfg.split.by, "by which rows are split")
-    stratum = _column(row.values, cfg.split.stratify, "by which the split is stratified")
+    key = stratum = None
+    if not part.is_held_out:
+        key = _column(row.values, cfg.split.by, "by which rows are split")
+        stratum = _column(row.values, cfg.split.stratify, "by which the split is stratified")
     pictures = [part.loader.picture(image) for image in conversation.images]
     sizes = [(picture.width, picture.height) for picture in pictures]
     tokens = part.builder.tokens(conversation, sizes)
@@ -90,7 +97,7 @@ def _scan(
         "key": split_key(cfg.split.seed, conversation.id if key is None else key),
         "stratum": stratum,
     }
-    if cfg.split.validation and cfg.split.near_duplicates == "together":
+    if cfg.split.compares_pictures:
         record["digests"] = [picture.digest for picture in pictures]
         record["hashes"] = [_likeness(picture) for picture in pictures]
     return record, pictures
@@ -111,9 +118,10 @@ def _times(weight: float, name: str, seed: int) -> int:
 def _column(values: Mapping[str, Any], name: str | None, purpose: str) -> str | None:
     if name is None:
         return None
-    if is_empty(values.get(name)):
+    value = values.get(name)
+    if is_empty(value):
         raise SampleError(f"column '{name}', {purpose}, is empty")
-    return str(values[name])
+    return str(value.id if isinstance(value, ClassName) else value)  # sides stay what they were
 
 
 def canvas_bytes(processor: Phi3VProcessor, width: int, height: int) -> int:
@@ -129,10 +137,10 @@ def _saved(
     return sum(image_tokens(grid, processor.side) for grid in grids) - sum(counts)
 
 
-def row_id(row: Row) -> str | None:
+def row_id(row: Row, section: SourceSection) -> str | None:
     """A row's own id as JSON, which alone can hold half of a surrogate pair."""
-    name = row.values.get("id")
-    return None if is_empty(name) else json.dumps(str(name))
+    name = row_name(row.values, section)
+    return None if name is None else json.dumps(str(name))
 
 
 def printable(text: str) -> str:

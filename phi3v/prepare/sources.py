@@ -17,11 +17,13 @@ from typing import Any
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
-from phi3v.files import sha256
+from phi3v.files import disguise, sha256
+from phi3v.prepare.convert import converted
 from phi3v.prepare.hub import hub_digest, is_hub_name, open_dataset
+from phi3v.prepare.places import local_path, nearby
 from phi3v.prepare.rows import Row, Rows
 from phi3v.prepare.tables import open_table
-from phi3v.prepare.text import KINDS, open_text
+from phi3v.prepare.text import KINDS, TextRows, open_text, usual_delimiter
 
 SUFFIXES = (*KINDS, ".parquet", ".arrow")
 
@@ -39,6 +41,18 @@ class Source:
         return self.section.paths[0]
 
     @property
+    def remark(self) -> str | None:
+        """What was guessed of the source, to be said; None if nothing was."""
+        if not isinstance(self.rows, TextRows) or self.section.delimiter is not None:
+            return None
+        if self.rows.delimiter == usual_delimiter(self.rows.path):
+            return None
+        return (
+            f"source.path {self.path}: its first line is read as {len(self.rows.header)} columns "
+            f"separated by {self.rows.delimiter!r}; source.delimiter says otherwise"
+        )
+
+    @property
     def num_rows(self) -> int:
         """Rows there are, `max_rows` at most."""
         limit = self.section.max_rows
@@ -47,7 +61,8 @@ class Source:
     @property
     def columns(self) -> tuple[str, ...] | None:
         """Names in the first row that can be read, None if there is no such row."""
-        usable = (row for row in self.read(0, self.num_rows) if not row.fault)
+        rows = self.read(0, self.num_rows)
+        usable = (row for row in rows if not row.fault and not row.is_left_out)
         return next((tuple(row.values) for row in usable), None)
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
@@ -55,7 +70,8 @@ class Source:
 
         Raises: ConfigError if the file was changed or damaged since it was opened.
         """
-        return self.rows.read(start, min(stop, self.num_rows))
+        rows = self.rows.read(start, min(stop, self.num_rows))
+        return rows if self.section.convert is None else converted(rows, self.section.convert)
 
     def state(self) -> dict[str, Any]:
         """What `open_source` needs, as JSON, to open the source again at once."""
@@ -70,27 +86,37 @@ def open_source(section: SourceSection, work: Path, state: dict[str, Any] | None
     path = check_source(section.paths[0])
     if path is None or path.is_dir():
         return Source(section, open_dataset(section, work, state))
-    if path.suffix in KINDS:
-        return Source(section, open_text(path, section.max_rows, state))
+    if path.suffix.lower() in KINDS:
+        return Source(section, open_text(path, section.max_rows, state, section.delimiter))
     return Source(section, open_table(path, state))
 
 
 def check_source(path: str | Path) -> Path | None:
     """Refuse a source that cannot be one, before any work; None stands for a hub dataset.
 
-    Raises: ConfigError if there is no such file, or it is of no known kind.
+    Raises: ConfigError if there is no such file, it is of no known kind, or it is not what its name
+    says: a pointer of git-lfs, a web page.
     """
-    file = Path(path)
+    file = local_path(str(path))
     if not file.exists():
         if is_hub_name(str(path)):
             return None
-        raise ConfigError(f"source.path {path} does not exist; check the path in the recipe")
-    if not file.is_dir() and file.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"source.path {path} does not exist{_near(file)}; check the path in the recipe"
+        )
+    if not file.is_dir() and file.suffix.lower() not in SUFFIXES:
         raise ConfigError(
             f"source.path {path} ends in '{file.suffix}'; use one of {', '.join(SUFFIXES)}, a "
             "folder, or the name of a hub dataset"
         )
+    if file.is_file() and (cause := disguise(file)):
+        raise ConfigError(f"source.path {path} is {cause}")
     return file
+
+
+def _near(file: Path) -> str:
+    close = nearby(file)
+    return f", there is {close}" if close else ""
 
 
 def source_digest(section: SourceSection, digest: Callable[[Path], str] = sha256) -> str:

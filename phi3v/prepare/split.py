@@ -37,6 +37,8 @@ class Sides:
     rows_joined     rows that are in one group with others for their images, not for their key
     rows_moved      rows that are on another side than without their images
     largest_group   rows of the largest group; much of the dataset if a picture is in every row
+    rows_across     of a split that is the user's own: training rows with an image that a held-out
+                    row has too, or one that is near to it
     """
 
     held_out: np.ndarray
@@ -45,6 +47,7 @@ class Sides:
     rows_joined: int
     rows_moved: int
     largest_group: int
+    rows_across: int = 0
 
 
 def split_key(seed: int, key: str) -> int:
@@ -81,21 +84,54 @@ def choose_sides(
     alone = _hold_out(by_key, keys, share, strata)
     if images is None:
         return Sides(alone, 0, 0, 0, 0, _largest(by_key))
-    position = np.arange(len(images.rows))
-    copies = first_equal(images.digests)
-    near = near_duplicate_pairs(images.hashes)
-    same = np.concatenate([np.stack([copies, position], axis=1), near])
+    like = _alike(images)
     with_key = np.stack([by_key, np.arange(len(keys))], axis=1)
-    groups = connected(len(keys), np.concatenate([with_key, images.rows[same]]))
+    groups = connected(len(keys), np.concatenate([with_key, images.rows[like.pairs]]))
     held_out = _hold_out(groups, keys, share, strata)
-    is_later = connected(len(position), near) != position
     return Sides(
         held_out=held_out,
-        copies=int((copies != position).sum()),
-        look_alikes=int((is_later & (copies == position)).sum()),
+        copies=like.copies,
+        look_alikes=like.look_alikes,
         rows_joined=int(_of_several_keys(groups, keys)[groups].sum()),
         rows_moved=int((held_out != alone).sum()),
         largest_group=_largest(groups),
+    )
+
+
+def own_sides(held_out: np.ndarray, images: RowImages | None) -> Sides:
+    """Keep to a split that was made elsewhere, and find the training rows that leak across it.
+
+    held_out  bool (rows,)
+    images    None: nothing is looked for
+    """
+    if images is None:
+        return Sides(held_out, 0, 0, 0, 0, 0)
+    like = _alike(images)
+    groups = connected(len(held_out), images.rows[like.pairs])
+    is_shown = np.zeros(len(held_out), dtype=bool)
+    is_shown[groups[held_out]] = True
+    across = int((is_shown[groups] & ~held_out).sum())
+    return Sides(held_out, like.copies, like.look_alikes, 0, 0, _largest(groups), across)
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Pairs of images, (pairs, 2), that are the same or near; and how many, as in `Sides`."""
+
+    pairs: np.ndarray
+    copies: int
+    look_alikes: int
+
+
+def _alike(images: RowImages) -> _Alike:
+    position = np.arange(len(images.rows))
+    copies = first_equal(images.digests)
+    near = near_duplicate_pairs(images.hashes)
+    is_later = connected(len(position), near) != position
+    return _Alike(
+        pairs=np.concatenate([np.stack([copies, position], axis=1), near]),
+        copies=int((copies != position).sum()),
+        look_alikes=int((is_later & (copies == position)).sum()),
     )
 
 

@@ -1,11 +1,13 @@
 """What prepare says at its end, in a few lines."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from phi3v.data.audit import SUSPICIONS
 from phi3v.data.format import REJECTED
+from phi3v.prepare.templates import FIELD
 
 
 def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -19,6 +21,7 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         for kind, found in split["audit"]["suspicious"].items():
             examples = ", ".join(found["examples"])
             yield f"  look at {found['count']:,} samples: {SUSPICIONS[kind]}, such as {examples}"
+    yield from _pictures(manifest)
     yield from _likeness(manifest)
     yield from _policy(manifest)
     rejected = manifest["rejected"]
@@ -41,9 +44,16 @@ def _likeness(manifest: Mapping[str, Any]) -> Iterator[str]:
             f"{found['rows_joined']:,} rows share an image or one that looks alike with another "
             f"row, {found['rows_moved']:,} of them changed sides to stay together"
         )
+    if across := found.get("rows_across"):
+        yield (
+            f"{across:,} training rows show a picture that a held-out row shows too, or one that "
+            "looks alike: scores on the held-out rows are better than they should be; take these "
+            "rows out of one of the two"
+        )
     samples = sum(entry["samples"] for entry in manifest["splits"].values())
     held_out = manifest["splits"].get("validation", {"samples": 0})["samples"]
-    if split["validation"] and held_out < split["validation"] * samples / 2:
+    is_share = isinstance(split["validation"], float)
+    if is_share and held_out < split["validation"] * samples / 2:
         yield (
             f"only {held_out:,} of {samples:,} samples are held out, split.validation asks for a "
             f"share of {split['validation']}; the largest group of rows that stay together has "
@@ -51,7 +61,30 @@ def _likeness(manifest: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _pictures(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What pictures needed to be seen as they are meant, and what the recipe did about it."""
+    rules = manifest["recipe"].get("images")
+    if rules is None:  # made before there was a choice, and before they were counted
+        return
+    found: Counter[str] = Counter()
+    for split in manifest["splits"].values():
+        found.update(split["audit"]["pictures"])
+    is_turned = "are" if rules["exif"] == "apply" else "would be"
+    told = {
+        "transparent": "have transparency",
+        "turned": f"{is_turned} turned by EXIF",
+        "deep": "have more than 8 bits",
+    }
+    if counted := [f"{found[trait]:,} {what}" for trait, what in told.items() if found[trait]]:
+        counted[0] = counted[0].replace(" ", " pictures ", 1)
+        yield f"{', '.join(counted)}; images.alpha is {rules['alpha']}, images.exif {rules['exif']}"
+
+
 def _policy(manifest: Mapping[str, Any]) -> Iterator[str]:
+    source = manifest["recipe"]["source"]
+    for section in source if isinstance(source, list) else [source]:
+        if section["assistant"] and not FIELD.search(section["assistant"]):
+            yield f"every answer is {section['assistant']!r}: source.assistant names no column"
     if manifest["left_out"]:
         yield f"{manifest['left_out']:,} of {manifest['rows']:,} rows left out by weights"
     if manifest["recipe"]["never_upscale"]:

@@ -3,6 +3,9 @@
 A table is a row of parts (row groups, record batches, files), any of which can be opened for its
 batches from the first on. A batch that was read is kept until another is needed: whoever reads
 range after range decodes each batch once, though a part may hold many ranges.
+
+Values come as what their column says they are (typed.py): a class by its name, 19.99 of a float32
+as 19.99.
 """
 
 from bisect import bisect_right
@@ -18,6 +21,7 @@ import pyarrow.parquet as pq
 
 from phi3v.errors import ConfigError
 from phi3v.prepare.rows import Row
+from phi3v.prepare.typed import Typed
 
 FEW = 64  # rows of a table in memory at once; they may hold images
 
@@ -52,6 +56,7 @@ class TableRows:
         self.sizes = list(sizes)
         self.starts = [0, *accumulate(self.sizes)]
         self._open: _Open | None = None
+        self._types: Typed | None = None
 
     @property
     def num_rows(self) -> int:
@@ -69,9 +74,15 @@ class TableRows:
         while start < stop:
             with refusing(self.name, self.kind):
                 first, batch = self._batch_of(start)
+                typed = self._typed(batch.schema)
             few = batch.slice(start - first, min(FEW, stop - start))
-            yield from _plain_rows(start, few)
+            yield from _plain_rows(start, few, typed)
             start += few.num_rows
+
+    def _typed(self, schema: pa.Schema) -> Typed:
+        if self._types is None or self._types.schema is not schema:
+            self._types = Typed(schema)
+        return self._types
 
     def _batch_of(self, row: int) -> tuple[int, pa.RecordBatch]:
         """The batch that holds a row, and the number of that batch's first row."""
@@ -96,17 +107,18 @@ def refusing(name: str, kind: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise ConfigError(
-            f"source.path {name} cannot be read as {kind}: {error}; write it again"
+            f"source.path {name} cannot be read as {kind}: {error}; half a download, "
+            "perhaps: bring or write it again"
         ) from error
 
 
-def _plain_rows(start: int, batch: pa.RecordBatch) -> list[Row]:
+def _plain_rows(start: int, batch: pa.RecordBatch, typed: Typed) -> list[Row]:
     try:
-        return [Row(start + k, values) for k, values in enumerate(batch.to_pylist())]
+        return [Row(start + k, values) for k, values in enumerate(typed.to_pylist(batch))]
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time out of range
         if batch.num_rows == 1:
             return [Row(start, fault=f"holds a value that cannot be read: {error}")]
-        parts = (_plain_rows(start + k, batch.slice(k, 1)) for k in range(batch.num_rows))
+        parts = (_plain_rows(start + k, batch.slice(k, 1), typed) for k in range(batch.num_rows))
         return [row for part in parts for row in part]
 
 
@@ -115,7 +127,7 @@ def open_table(path: Path, state: dict[str, Any] | None = None) -> TableRows:
 
     Raises: ConfigError if it is damaged.
     """
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _open_parquet(path)
     with refusing(str(path), ARROW):
         with pa.memory_map(str(path)) as file:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Protocol
 from phi3v.errors import ConfigError
 from phi3v.prepare.rows import Row
 
+DELIMITERS = (",", ";", "\t", "|")  # that a first line may tell
 MARK = 256  # rows from one marked place to the next
 BLOCK = 1 << 20  # bytes of a JSON list read at once
 FIELD_CHARS = 1 << 27  # of a CSV field, which may be a whole image in base64
@@ -55,6 +56,9 @@ class TextRows:
     header: Sequence[str] = ()
     """Names of the columns of a CSV."""
 
+    delimiter: str = ","
+    """What separates the columns of a CSV."""
+
     def read(self, start: int, stop: int) -> Iterator[Row]:
         """Read a range of rows.
 
@@ -62,9 +66,10 @@ class TextRows:
         """
         if start >= stop:
             return
-        open_records, to_row = KINDS[self.path.suffix]
+        _, to_row = KINDS[self.path.suffix.lower()]
         first = start - start % MARK
-        with closing(open_records(self.path, self.places[first // MARK])) as records:
+        place = self.places[first // MARK]
+        with closing(_open_records(self.path, place, self.delimiter)) as records:
             for number in range(first, stop):
                 record = next(records, None)
                 if record is None:
@@ -76,22 +81,58 @@ class TextRows:
                     yield to_row(number, record, self.header)
 
     def state(self) -> dict[str, Any]:
-        """Row count, marks and header."""
+        """Row count, marks, header and delimiter."""
         places = [list(place) for place in self.places]
-        return {"num_rows": self.num_rows, "places": places, "header": list(self.header)}
+        header = {"header": list(self.header), "delimiter": self.delimiter}
+        return {"num_rows": self.num_rows, "places": places, **header}
 
 
-def open_text(path: Path, max_rows: int | None, state: dict[str, Any] | None = None) -> TextRows:
+def open_text(
+    path: Path,
+    max_rows: int | None,
+    state: dict[str, Any] | None = None,
+    delimiter: str | None = None,
+) -> TextRows:
     """Pass over a text file, or take what `state` says of it.
+
+    delimiter  of a CSV; None: what its first line tells
 
     Raises: ConfigError if the file cannot be cut into rows.
     """
     if state is not None:
         return TextRows(path, **state)
-    open_records, _ = KINDS[path.suffix]
-    with closing(open_records(path, (0, 0))) as records:
+    if delimiter is None:
+        delimiter = _tell_delimiter(path) if _is_csv(path) else ","
+    with closing(_open_records(path, (0, 0), delimiter)) as records:
         header = _read_header(path, records) if isinstance(records, CsvRecords) else ()
-        return TextRows(path, *_mark(records, max_rows), header)
+        return TextRows(path, *_mark(records, max_rows), header, delimiter)
+
+
+def usual_delimiter(path: Path) -> str:
+    """What separates the columns of a CSV of this name."""
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _tell_delimiter(path: Path) -> str:
+    """The usual delimiter, unless the first line has none of it and another makes columns of it."""
+    usual = usual_delimiter(path)
+    counts = {}
+    for delimiter in dict.fromkeys((usual, *DELIMITERS)):
+        with closing(CsvRecords(path, (0, 0), delimiter)) as records:
+            _, fields, fault = next(records, (1, [], None))
+            counts[delimiter] = len(fields) if not fault else 0
+    is_sound = counts[usual] == 1  # not torn by quotes, nor of several columns already
+    return max(counts, key=lambda each: counts[each]) if is_sound else usual
+
+
+def _is_csv(path: Path) -> bool:
+    return KINDS[path.suffix.lower()][0] is CsvRecords
+
+
+def _open_records(path: Path, place: Place, delimiter: str) -> "Records":
+    if _is_csv(path):
+        return CsvRecords(path, place, delimiter)
+    return KINDS[path.suffix.lower()][0](path, place)
 
 
 def _mark(records: Records, max_rows: int | None) -> tuple[int, list[Place]]:
@@ -110,14 +151,13 @@ def _mark(records: Records, max_rows: int | None) -> tuple[int, list[Place]]:
 class CsvRecords:
     """The line a record starts on, its fields, or what is wrong with it; empty lines are none."""
 
-    def __init__(self, path: Path, place: Place) -> None:
+    def __init__(self, path: Path, place: Place, delimiter: str = ",") -> None:
         csv.field_size_limit(FIELD_CHARS)
         self.path = path
         self.file = path.open(encoding="utf-8-sig", newline="")
         self.file.seek(place[0])
         self.lines = place[1]
         lines = iter(self.file.readline, "")  # unlike iter(file), this leaves `tell` in working
-        delimiter = "\t" if path.suffix == ".tsv" else ","
         self.reader = csv.reader(lines, delimiter=delimiter, strict=True)
 
     def tell(self) -> Place:
@@ -162,7 +202,8 @@ def _csv_row(number: int, record: Any, header: Sequence[str]) -> Row:
         many = "more" if len(fields) > len(header) else "fewer"
         counts = f"line {line}, {len(fields)} for {len(header)}"
         fault = f"has {many} fields than the header: {counts}"
-    return Row(number, {} if fault else dict(zip(header, fields, strict=True)), fault)
+    values = {} if fault else dict(zip(header, fields, strict=True))
+    return Row(number, values, fault, line)
 
 
 class LineRecords:
@@ -171,33 +212,40 @@ class LineRecords:
     def __init__(self, path: Path, place: Place) -> None:
         self.file = path.open("rb")
         self.file.seek(place[0])
-        self.lines = filter(bytes.strip, self.file)
+        self.lines = place[1]  # before the next
 
     def tell(self) -> Place:
-        return self.file.tell(), 0
+        return self.file.tell(), self.lines
 
     def close(self) -> None:
         self.file.close()
 
-    def __next__(self) -> bytes:
-        return next(self.lines)
+    def __next__(self) -> tuple[int, bytes]:
+        """The number of a line, from 1, and the line."""
+        for text in self.file:
+            self.lines += 1
+            if text.strip():
+                return self.lines, text
+        raise StopIteration
 
 
-def _line_row(number: int, line: bytes, _: Sequence[str]) -> Row:
+def _line_row(number: int, record: tuple[int, bytes], _: Sequence[str]) -> Row:
+    line, text = record
     try:
-        return _object_row(number, json.loads(line))
+        return _object_row(number, json.loads(text), line)
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        return Row(number, fault=f"is not valid JSON: {error}")
+        return Row(number, fault=f"is not valid JSON: {error}", line=line)
     except RecursionError:
-        return Row(number, fault=TOO_DEEP)
+        return Row(number, fault=TOO_DEEP, line=line)
 
 
-def _object_row(number: int, values: Any, _: Sequence[str] = ()) -> Row:
+def _object_row(number: int, values: Any, line: int | None = None) -> Row:
     if _is_too_deep(values):
-        return Row(number, fault=TOO_DEEP)
+        return Row(number, fault=TOO_DEEP, line=line)
     if isinstance(values, dict):
-        return Row(number, values)
-    return Row(number, fault=f"is a {type(values).__name__}, not an object with named fields")
+        return Row(number, values, line=line)
+    kind = type(values).__name__
+    return Row(number, fault=f"is a {kind}, not an object with named fields", line=line)
 
 
 def _is_too_deep(value: Any) -> bool:
@@ -355,10 +403,11 @@ def _other_lines(path: Path) -> Iterator[int]:
                 yield number
 
 
-KINDS: dict[str, tuple[Callable[[Path, Place], Records], Callable[..., Row]]] = {
+KINDS: dict[str, tuple[Callable[..., Records], Callable[..., Row]]] = {
     ".csv": (CsvRecords, _csv_row),
     ".tsv": (CsvRecords, _csv_row),
     ".jsonl": (LineRecords, _line_row),
+    ".ndjson": (LineRecords, _line_row),
     ".json": (ListRecords, _list_row),
 }
 """By suffix: what cuts the file into records, and what makes a row of one."""

@@ -4,6 +4,7 @@ What the scan could not see (a picture whose header is whole and whose rest is n
 here; the shard then holds a sample less.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,9 @@ from phi3v.prepare.scan import printable, row_id
 from phi3v.prepare.workers import Done
 from phi3v.sample import Sample
 
+Made = tuple[Sample, Counter[str]]
+"""What a row becomes, and how many of its pictures have which traits."""
+
 
 def write_shard(inputs: Inputs, shard: Shard) -> Done:
     """Write a shard, its part of the index, its audit and the rows that it had to reject."""
@@ -32,13 +36,14 @@ def write_shard(inputs: Inputs, shard: Shard) -> Done:
     audit = Audit(builder.assistant_id, builder.end_id)
     rejected: list[dict[str, Any]] = []
     samples = images = 0
-    for number, row, sample, times in _samples(inputs, shard):
-        if isinstance(sample, SampleError):
-            reason = printable(str(sample))
-            rejected.append({"number": number, "id": row_id(row), "reason": reason})
+    for place, made, times in _samples(inputs, shard):
+        if isinstance(made, SampleError):
+            rejected.append(place | {"reason": printable(str(made))})
             continue
+        sample, traits = made
         writer.add(sample, times)
         audit.add(sample.id, sample.input_ids, sample.labels, times)
+        audit.add_pictures(len(sample.images), traits, times)
         samples, images = samples + 1, images + len(sample.images)
     entry = writer.finish() if samples else None
     if entry:
@@ -50,8 +55,10 @@ def write_shard(inputs: Inputs, shard: Shard) -> Done:
     return Done(samples + len(rejected), images, size, len(rejected))
 
 
-def _samples(inputs: Inputs, shard: Shard) -> Iterator[tuple[int, Row, Sample | SampleError, int]]:
-    """Of each row: its number among all, itself, what it becomes, how often it counts."""
+def _samples(
+    inputs: Inputs, shard: Shard
+) -> Iterator[tuple[dict[str, Any], Made | SampleError, int]]:
+    """Of each row: its place (number among all, line, id), what it becomes, how often it counts."""
     known = np.load(inputs.work.rows, mmap_mode="r")
     for chunk in inputs.plan.parts(shard.start, shard.stop):
         first = inputs.plan.first_rows[chunk.source]
@@ -60,20 +67,22 @@ def _samples(inputs: Inputs, shard: Shard) -> Iterator[tuple[int, Row, Sample | 
         part = inputs.parts[chunk.source]
         for row, conversation in inputs.conversations(chunk, times > 0):
             index = row.number - chunk.start
-            sample = _build(part, row, conversation, int(rows["tokens"][index]))
-            yield first + row.number, row, sample, int(times[index])
+            made = _build(part, row, conversation, int(rows["tokens"][index]))
+            place: dict[str, Any] = {"number": first + row.number, "line": row.line}
+            place["id"] = row_id(row, part.section)
+            yield place, made, int(times[index])
 
 
 def _build(
     part: Input, row: Row, conversation: Conversation | SampleError, tokens: int
-) -> Sample | SampleError:
+) -> Made | SampleError:
     """Make a row's sample, of as many tokens as the scan has counted."""
     if isinstance(conversation, SampleError):
         return conversation
     try:
         pictures = [part.loader.picture(image) for image in conversation.images]
         provenance = {"source": part.source.path, "row": row.number}
-        sample = part.builder.build(conversation, pictures, provenance)
+        sample, traits = part.builder.build(conversation, pictures, provenance)
     except SampleError as error:
         return error
     if len(sample.input_ids) != tokens:
@@ -81,4 +90,4 @@ def _build(
             f"an image changed while rows were prepared: {len(sample.input_ids)} tokens, "
             f"{tokens} when it was scanned"
         )
-    return sample
+    return sample, traits

@@ -7,24 +7,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from phi3v.config.dataset import ImagesSection
 from phi3v.geometry import Layout, hd_layout
+from phi3v.pictures import PUBLISHED
+from phi3v.processing.pixels import to_rgb
 from phi3v.views import ViewSettings, make_views
 
 WHITE = 255
 
 
 def hd_canvas(
-    image: Image.Image, num_crops: int, crop_size: int, never_upscale: bool = False
+    image: Image.Image,
+    num_crops: int,
+    crop_size: int,
+    never_upscale: bool = False,
+    rules: ImagesSection = PUBLISHED,
 ) -> np.ndarray:
-    """Resize and pad a picture to a canvas; the settings are those of `hd_layout`.
+    """Resize and pad a picture to a canvas; the settings are those of `hd_layout` and `to_rgb`.
 
     returns  uint8 (height, width, 3), both multiples of `crop_size`
-    Raises: SampleError if the picture is too narrow.
-    Source: Phi-3-V image_processing_phi3_v.py `HD_transform`, `padding_336`. Alpha is dropped, not
-    composited, and EXIF orientation ignored, as published.
+    Raises: SampleError if the picture is too narrow, or as `to_rgb`.
+    Source: Phi-3-V image_processing_phi3_v.py `HD_transform`, `padding_336`. As published, alpha is
+    dropped, not composited, and EXIF orientation ignored.
     """
-    if image.mode != "RGB":
-        image = image.convert("RGB")
+    image = to_rgb(image, rules).image
     layout = hd_layout(image.width, image.height, num_crops, crop_size, never_upscale)
     pixels = np.asarray(_resize(image, layout))
     shape = (layout.grid.rows * crop_size, layout.grid.cols * crop_size, 3)

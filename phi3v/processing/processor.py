@@ -26,8 +26,11 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file
 
+from phi3v.config.dataset import ImagesSection
 from phi3v.errors import ConfigError
+from phi3v.files import disguise
 from phi3v.geometry import Layout, grid_of, hd_layout, image_tokens
+from phi3v.pictures import PUBLISHED, PictureSettings
 from phi3v.processing.images import hd_canvas, pixel_values
 from phi3v.processing.prompt import encode
 from phi3v.views import ViewSettings
@@ -41,9 +44,10 @@ TAGS = 1000  # of images that `img_tokens` lists; the published one has a millio
 class Phi3VProcessor(ProcessorMixin):
     """The published processor: HD transform, image placeholders, Llama tokens.
 
-    Its settings come from a model folder: `num_crops`, `image_mean`, `image_std` from
-    preprocessor_config.json, the tower's image and patch size from config.json's `vision_config`
-    (the published model has none there and uses 336 and 14).
+    Its settings come from a model folder: `num_crops`, `image_mean`, `image_std`, and what an
+    export adds to them (`phi3v.pictures`), from preprocessor_config.json; the tower's image and
+    patch size from config.json's `vision_config` (the published model has none there and uses 336
+    and 14).
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Phi3VProcessor(ProcessorMixin):
         crop_size: int = PUBLISHED_IMAGE_SIZE,
         patch_size: int = PUBLISHED_PATCH_SIZE,
         never_upscale: bool = False,
+        rules: ImagesSection = PUBLISHED,
     ) -> None:
         self.tokenizer = tokenizer
         self.num_crops = num_crops
@@ -63,36 +68,49 @@ class Phi3VProcessor(ProcessorMixin):
         self.crop_size = crop_size
         self.side = crop_size // (2 * patch_size)
         self.never_upscale = never_upscale
+        self.rules = rules
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         num_crops: int | None = None,
-        never_upscale: bool = False,
+        never_upscale: bool | None = None,
+        rules: ImagesSection | None = None,
         **kwargs: Any,
     ) -> "Phi3VProcessor":
-        """Read a model folder or hub name; `num_crops` overrides the folder's.
+        """Read a model folder or hub name; what is given here overrides the folder's.
 
-        `never_upscale` departs from the published transform (`phi3v.geometry.hd_layout`).
+        `never_upscale` (`phi3v.geometry.hd_layout`) and `rules` (`phi3v.processing.pixels`) depart
+        from the published transform, which a folder means that says nothing of them.
 
         The tokenizer is loaded by class: transformers' guess (LlamaTokenizerFast) would rebuild
         its normaliser and give other ids than the published ones.
-        Raises: ConfigError if a file is missing.
+        Raises: ConfigError if a file is missing, or says what this program does not know.
         """
         path = str(pretrained_model_name_or_path)
+        if Path(path).is_dir():  # what the libraries read besides
+            for file in Path(path).glob("*.json"):
+                check_content(file)
         settings = _read_json(path, "preprocessor_config.json")
+        place = f"{path}/preprocessor_config.json"
+        pictures = PictureSettings.from_preprocessor(settings, place)
         vision = _read_json(path, "config.json").get("vision_config", {})
-        model_file(path, "tokenizer.json")
         return cls(
-            PreTrainedTokenizerFast.from_pretrained(path),
-            num_crops or settings["num_crops"],
+            open_tokenizer(path),
+            num_crops or pictures.num_crops,
             settings["image_mean"],
             settings["image_std"],
             vision.get("image_size", PUBLISHED_IMAGE_SIZE),
             vision.get("patch_size", PUBLISHED_PATCH_SIZE),
-            never_upscale,
+            pictures.never_upscale if never_upscale is None else never_upscale,
+            rules or pictures.images,
         )
+
+    @property
+    def pictures(self) -> PictureSettings:
+        """How pictures become canvases."""
+        return PictureSettings(self.num_crops, self.never_upscale, self.rules)
 
     def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> BatchFeature:
         """Make the model's inputs for one prompt.
@@ -100,7 +118,8 @@ class Phi3VProcessor(ProcessorMixin):
         input_ids, attention_mask  (1, T) int64
         pixel_values               (I, num_crops + 1, 3, crop_size, crop_size) float32
         image_sizes                (I, 2) int64, height and width of each canvas
-        num_img_tokens             one count per image
+
+        These are what the model's forward and generate take, as published.
         """
         if images is None or (isinstance(images, (list, tuple)) and not images):
             kwargs["return_tensors"] = "pt"
@@ -112,12 +131,12 @@ class Phi3VProcessor(ProcessorMixin):
 
     def _with_images(self, text: str, pictures: list[Image.Image]) -> BatchFeature:
         images = self.image_inputs(pictures)
-        input_ids = torch.tensor([encode(self.tokenizer, text, images["num_img_tokens"])])
+        input_ids = torch.tensor([encode(self.tokenizer, text, images.pop("num_img_tokens"))])
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         return BatchFeature(inputs | images)
 
     def image_inputs(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-        """What `__call__` gives of pictures: pixel_values, image_sizes, num_img_tokens."""
+        """What the model takes of pictures, and num_img_tokens: the positions that each fills."""
         canvases = [self.canvas(picture) for picture in pictures]
         return {
             "pixel_values": self.pixel_values(canvases),
@@ -127,10 +146,10 @@ class Phi3VProcessor(ProcessorMixin):
 
     def canvas(self, image: Image.Image) -> np.ndarray:
         """The HD transform of a picture: uint8 (height, width, 3)."""
-        return hd_canvas(image, self.num_crops, self.crop_size, self.never_upscale)
+        return hd_canvas(image, self.num_crops, self.crop_size, self.never_upscale, self.rules)
 
     def layout(self, width: int, height: int) -> Layout:
-        """What the HD transform does to a picture of width x height pixels."""
+        """What the HD transform does to a picture of width x height pixels, upright."""
         return hd_layout(width, height, self.num_crops, self.crop_size, self.never_upscale)
 
     def canvas_tokens(self, canvas: np.ndarray) -> int:
@@ -204,10 +223,24 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return BatchFeature(self.processor.image_inputs(pictures))
 
 
+def open_tokenizer(model: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder or hub model.
+
+    Raises: ConfigError if its file is missing or is no tokenizer.
+    """
+    file = model_file(str(model), "tokenizer.json")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(model)
+    except Exception as error:  # of the tokenizers library: a plain Exception
+        raise ConfigError(
+            f"{file} is no tokenizer that can be read ({error}); bring it again"
+        ) from error
+
+
 def model_file(model: str, name: str) -> Path:
     """A file of a model folder or of a hub model.
 
-    Raises: ConfigError if it is missing, or there is no such model.
+    Raises: ConfigError if it is missing or not what its name says, or there is no such model.
     """
     _check_model(str(model))
     try:
@@ -223,7 +256,27 @@ def model_file(model: str, name: str) -> Path:
         raise ConfigError(
             f"model {model} has no {name}; name a model folder such as models/tiny, or a hub model"
         ) from reason
+    check_content(Path(file))
     return Path(file)
+
+
+def check_content(file: Path) -> None:
+    """Refuse a file that is not what its name says, which a library would do by a riddle.
+
+    Raises: ConfigError naming it and the likely cause.
+    """
+    if cause := disguise(file):
+        raise ConfigError(f"{file} is {cause}")
+    if file.suffix != ".json" or file.name == "tokenizer.json":  # see open_tokenizer
+        return
+    try:
+        json.loads(file.read_bytes())
+    except ValueError as error:
+        size = file.stat().st_size
+        raise ConfigError(
+            f"{file} is not valid JSON ({error}), it has {size:,} bytes: half a download, perhaps; "
+            "bring it again"
+        ) from error
 
 
 @cache

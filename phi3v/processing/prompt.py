@@ -12,10 +12,10 @@ A control token that somebody typed in a content, say <|end|>, is text to `encod
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, count
 from typing import Any, TypedDict
 
 import numpy as np
@@ -26,6 +26,14 @@ from phi3v.errors import SampleError
 from phi3v.sample import IGNORED
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+PLAIN_TAG = "<image>"
+# What other projects write where a picture, film or sound stands. <|image_1|> is ours; what almost
+# looks like it is text.
+STRAY_TAG = re.compile(
+    r"</?(?:[Ii]mage|[Ii]mg|[Pp]icture|[Vv]ideo|[Aa]udio|[Ss]ound|[Ss]peech)(?:[_-]?\d+)?>"
+    r"|<(?:image|img|video|audio)_(?:pad|placeholder|soft_token|start|end)>|<ImageHere>|\[IMG\]"
+    r"|<\|/?(?:image|img|video|audio|vision)(?:_(?:pad|start|end))?\|>|<\|(?:video|audio)_\d+\|>"
+)
 # What a control token may swallow beside it: white space by Unicode, not by `str.isspace`, which
 # adds the separators \x1c to \x1f.
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -63,6 +71,41 @@ def image_tags(text: str) -> list[int]:
         return [int(number) for number in IMAGE_TAG.findall(text)]
     except ValueError as error:
         raise SampleError("image tag has too many digits: number the images 1, 2, ...") from error
+
+
+def settle_tags(texts: Sequence[str], first: int = 1, as_text: Collection[str] = ()) -> list[str]:
+    """Number the plain tags of a chat: the k-th <image> of all its texts is <|image_k|>.
+
+    first    number of the first
+    as_text  tags that are text here
+
+    ["Is <image>", "or <image>?"] -> ["Is <|image_1|>", "or <|image_2|>?"]
+
+    Raises: SampleError if numbered tags stand beside plain ones, or a tag is left that no picture
+    answers to: <video>, <|image|>.
+    """
+    if not any("<" in text or "[" in text for text in texts):
+        return list(texts)
+    if PLAIN_TAG not in as_text and any(PLAIN_TAG in text for text in texts):
+        if any(IMAGE_TAG.search(text) for text in texts):
+            raise SampleError(
+                f"image tags are of two kinds: {PLAIN_TAG} and <|image_1|> in one row"
+            )
+        numbers = count(first)
+        texts = [_numbered(text, numbers) for text in texts]
+    for position, text in enumerate(texts):
+        for tag in STRAY_TAG.findall(text):
+            if tag not in as_text:
+                raise SampleError(
+                    f"a tag stands for nothing: {tag} in message {position}; pictures stand where "
+                    f"{PLAIN_TAG} or <|image_1|> is, films and sounds are not read"
+                )
+    return list(texts)
+
+
+def _numbered(text: str, numbers: Iterator[int]) -> str:
+    head, *others = text.split(PLAIN_TAG)
+    return head + "".join(f"<|image_{next(numbers)}|>{piece}" for piece in others)
 
 
 def encode_messages(

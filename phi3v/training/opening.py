@@ -22,6 +22,7 @@ from phi3v.evaluation.models import check_model
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.execution import Execution, choose_execution
 from phi3v.model.weights import WeightFiles, load_weights
+from phi3v.pictures import prepared
 from phi3v.training import zero
 from phi3v.training.console import say
 from phi3v.training.extensions import load_extensions
@@ -72,6 +73,7 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
             f"{', '.join(cfg.data.folders)} has no rows in split 'train', so there is nothing to "
             "train on; prepare it with a smaller split.validation, or from more rows"
         )
+    folder.check_data(dataset.fingerprint)
     for part in dataset.datasets:
         check_model(part, cfg.model.path)
     if cfg.eval.rows:
@@ -151,11 +153,19 @@ def dtype_of(ds: DeepSpeedConfig) -> torch.dtype:
 
 
 def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
-    """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe)."""
+    """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe).
+
+    `pictures` is how they became canvases, for all that ask the model later (`phi3v.pictures`).
+    """
     return {
         "shards": ", ".join(str(part.folder) for part in dataset.datasets),
         "fingerprint": dataset.fingerprint,
         **{name: dataset.entry[name] for name in SIZES},
+        "pictures": [
+            entry.to_dict()
+            for part in dataset.datasets
+            for entry in prepared(str(part.folder), part.split, part.manifest)
+        ],
         "datasets": [_describe_folder(part) for part in dataset.datasets],
     }
 

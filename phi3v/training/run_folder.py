@@ -21,6 +21,7 @@ from phi3v.config import DeepSpeedConfig, RunConfig, differing_keys, dump_yaml, 
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.files import append_json, read_lines, sync, write_json, write_text
+from phi3v.training.base_model import model_digest
 from phi3v.training.faults import FaultLog
 
 CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
@@ -29,9 +30,19 @@ CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
 METRICS, SUMMARY, REPORT = "metrics.jsonl summary.json report.html".split()
 EVALUATIONS, FAULTS, LOCK = "evaluations.jsonl faults.jsonl .lock".split()
 LOCK_SECONDS = 10.0  # that an owner may take to end
-# A folder that was moved is the same run; the DeepSpeed JSON is compared by what is in it.
+# A folder that was moved is the same run. The DeepSpeed JSON is compared by what is in it, and so
+# are the shards, by the fingerprint that each checkpoint tells.
 CHANGEABLE = (
-    *("run.out", "deepspeed", "train.max_steps", "eval.", "checkpoint.", "wandb.", "tracking."),
+    *(
+        "run.out",
+        "deepspeed",
+        "data.shards",
+        "train.max_steps",
+        "eval.",
+        "checkpoint.",
+        "wandb.",
+        "tracking.",
+    ),
     *("model.checkpointing", "model.vision_checkpointing", "model.offload_activations"),
     *("train.stop_after", "train.hang_timeout", "train.start_timeout", "faults."),
     "debug.profile_steps",
@@ -116,6 +127,8 @@ class RunFolder:
         now = to_dict(cfg)
         keys = differing_keys(_meant(before), _meant(now))
         different = [key for key in keys if not key.startswith(CHANGEABLE)]
+        if "model.path" in different and self._is_same_model(before, cfg):
+            different.remove("model.path")
         before_ds = json.loads((self.path / DEEPSPEED).read_text(encoding="utf-8"))
         changes = [_change(key, before, now) for key in different]
         changes += [
@@ -130,6 +143,33 @@ class RunFolder:
                 "another run.out"
             )
 
+    def _is_same_model(self, before: Mapping[str, Any], cfg: RunConfig) -> bool:
+        """Whether the model was only moved, or named in another way; None is no digest of any."""
+        path = self.path / ENVIRONMENT
+        known = (
+            json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
+        )
+        known = known or model_digest(before["model"]["path"])  # a run of before told none
+        return known is not None and known == model_digest(cfg.model.path)
+
+    def check_data(self, fingerprint: str) -> None:
+        """Refuse to take a run that is finished for one on other data.
+
+        A run that goes on compares with its checkpoint.
+
+        Raises: ConfigError naming both fingerprints.
+        """
+        path = self.path / DATA
+        if self.read_summary() is None or not path.is_file():
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        if before != fingerprint:
+            raise ConfigError(
+                f"run.out {self.path} was trained on data with fingerprint {before[:12]}, "
+                f"data.shards now has {fingerprint[:12]}; name another run.out, or take the data "
+                "of before"
+            )
+
     def write_origin(
         self,
         cfg: RunConfig,
@@ -138,10 +178,11 @@ class RunFolder:
         world_size: int,
         execution: dict[str, Any] | None = None,
     ) -> None:
-        """Write what the run is made of: config, DeepSpeed JSON, versions, kernels, data."""
+        """Write what the run is made of: config, DeepSpeed JSON, versions, kernels, model, data."""
         write_text(self.path / CONFIG, dump_yaml(cfg))
         write_json(self.path / DEEPSPEED, ds.json)
-        environment = describe_environment(world_size) | {"execution": execution}
+        environment = describe_environment(world_size)
+        environment |= {"execution": execution, "model": model_digest(cfg.model.path)}
         write_json(self.path / ENVIRONMENT, environment)
         write_json(self.path / DATA, data)
 

@@ -74,7 +74,7 @@ def _extremes(title: str, samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _reason(reason: str, count: int, examples: Sequence[Mapping[str, Any]]) -> str:
     items = "".join(
-        f"<li>{escape(entry['source'])} row {entry['row']:,}"
+        f"<li>{escape(entry['source'])} row {entry['row'] + 1:,}"
         f"{_id(entry['id'])}<small>{escape(entry['reason'])}</small></li>"
         for entry in examples
     )

@@ -112,9 +112,10 @@ def _sample(sample: Sample, place: Shown, dataset: Dataset, text: TokenText, sid
 
 def _provenance(sample: Sample) -> dict[str, str]:
     """Where the sample comes from, and whatever else its meta holds."""
-    place = ", row ".join(str(sample.meta[key]) for key in PLACE if key in sample.meta)
+    places = [str(sample.meta[key]) for key in PLACE[:1] if key in sample.meta]
+    places += [f"row {sample.meta[key] + 1}" for key in PLACE[1:] if key in sample.meta]  # from 1
     others = {key: value for key, value in sample.meta.items() if key not in SHOWN_ELSEWHERE}
     return {
-        "source": place,
+        "source": ", ".join(places),
         **{name: json.dumps(value, ensure_ascii=False) for name, value in others.items()},
     }

@@ -3,15 +3,18 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from phi3v.config.dataset import ImagesSection
 from phi3v.errors import CheckpointError, ConfigError, SampleError
-from phi3v.evaluation.ask import ask, make_prompt, open_shown
+from phi3v.evaluation.ask import ask, make_prompt, open_picture, open_shown
 from phi3v.evaluation.models import open_model
 from phi3v.model import Phi3VForCausalLM
+from phi3v.pictures import PUBLISHED
 from phi3v.processing import Phi3VProcessor
 
 NEW_TOKENS = 16
@@ -34,7 +37,6 @@ def by_hand(model: Path, text: str, pictures: list[Path]) -> str:
     processor = Phi3VProcessor.from_pretrained(model)
     images = [Image.open(path) for path in pictures]
     inputs = processor(f"<|user|>\n{text}<|end|>\n<|assistant|>\n", images or None)
-    inputs.pop("num_img_tokens", None)
     stops = processor.tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
     ids = Phi3VForCausalLM.from_pretrained(model).generate(
         **inputs,
@@ -172,3 +174,50 @@ def test_a_weight_is_never_replaced_by_a_random_one(
     kind = "of another shape" if shape else "missing"
     with pytest.raises(CheckpointError, match=f"config.json: 1 {kind}: lm_head.weight"):
         open_model(folder, NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "generation_config.json"]
+)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "is a pointer of git-lfs",
+        ),
+        ("<!doctype html><html>", "is a web page, not the file itself"),
+        ('{"model_type": "phi', "half a download|no tokenizer that can be read"),
+    ],
+)
+def test_a_file_of_a_model_that_is_not_what_its_name_says_is_named(
+    folder: Path, name: str, text: str, said: str
+) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        Phi3VProcessor.from_pretrained(folder)
+    assert str(caught.value).startswith(str(folder / name))
+
+
+def test_weights_that_are_a_pointer_say_so(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a pointer of git-lfs, not"):
+        open_model(folder, max_new_tokens=2)
+
+
+def test_a_picture_is_opened_by_the_one_rule_of_pixels(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = Image.new("RGBA", (9, 5), (10, 20, 30, 0))
+    clear.save(tmp_path / "clear.png", exif=exif)
+    shown = open_picture(tmp_path / "clear.png", ImagesSection())
+    assert (shown.mode, shown.size, shown.getpixel((0, 0))) == ("RGB", (5, 9), (255, 255, 255))
+    published = open_picture(tmp_path / "clear.png", PUBLISHED)
+    assert (published.size, published.getpixel((0, 0))) == ((9, 5), (10, 20, 30))
+
+
+def test_a_picture_without_an_agreed_range_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.array([[0.0, 1.0]], np.float32)).save(path)
+    with pytest.raises(ConfigError, match=f"--image {path}: image has pixels without an agreed"):
+        open_shown(path)

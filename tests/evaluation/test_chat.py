@@ -134,3 +134,13 @@ def test_image_without_a_file_asks_for_one(talk: Talk) -> None:
     _, notes, chat = talk("/image", "/image ")
     assert notes == ["/image needs a file, as in /image picture.jpg"] * 2
     assert chat.pictures == []
+
+
+def test_a_plain_tag_is_the_picture_that_waits_and_others_are_refused(
+    talk: Talk, pictures: list[Path]
+) -> None:
+    first, second = (f"/image {path}" for path in pictures)
+    said, notes, chat = talk(first, "Is <image> red?", second, "Or <image>?", "<video> too?")
+    assert contents(chat)[::2] == ["Is <|image_1|> red?", "Or <|image_2|>?"]
+    assert len(said.splitlines()) == 2
+    assert notes[2].startswith("a tag stands for nothing: <video> in message 0")

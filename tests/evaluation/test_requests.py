@@ -73,6 +73,31 @@ def test_messages_are_asked_up_to_their_last_answer(
     assert found == [{"id": "1", "prediction": expected}, {"id": 7, "prediction": expected}]
 
 
+def test_a_picture_under_any_of_its_keys_is_shown(
+    answer: Answer, asker: Asker, catalogue: Path
+) -> None:
+    name = picture(catalogue)
+    question = [{"role": "user", "content": "<image>\nWhat is it?"}]
+    found = answer(
+        [
+            {"prompt": "What is it?", "image": name},
+            {"prompt": "<image>\nWhat is it?", "image_path": [name]},
+            {"prompt": "What is it?", "images": [name], "source": "shop"},
+            {"messages": question, "image": name},
+            {"messages": question, "images": [name]},
+        ]
+    )
+    expected = asker.ask("What is it?", [catalogue / name])
+    assert [row["prediction"] for row in found] == [expected] * 5
+
+
+def test_the_system_text_of_a_prompt_is_told_first(answer: Answer, asker: Asker) -> None:
+    told = {"role": "system", "content": "Be brief."}
+    chat = [told, {"role": "user", "content": "Hi"}]
+    one, other = answer([{"prompt": "Hi", "system": "Be brief."}, {"messages": chat}])
+    assert one["prediction"] == other["prediction"]
+
+
 def test_a_row_of_its_own_system_text_keeps_it(answer: Answer, asker: Asker) -> None:
     told = [{"role": "system", "content": "Shout."}, {"role": "user", "content": "Hi"}]
     prompt = Asker(asker.generator, asker.processor, "Be brief.").prompt(told, [])  # type: ignore[arg-type]
@@ -96,6 +121,13 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         '{"id": "gone", "prompt": "What?", "images": ["none.png"]}',
         '{"id": "odd", "prompt": "What?", "images": "none.png"}',
         '{"id": "llava", "prompt": "What?", "image": "none.png"}',
+        '{"id": "twice", "prompt": "What?", "image": "a.png", "img": "b.png"}',
+        '{"id": "film", "prompt": "What?", "video": "none.mp4"}',
+        '{"id": "film tag", "prompt": "<video> What?"}',
+        '{"id": "tools", "messages": [{"role": "user", "content": "Hi"}], "tools": [1]}',
+        '{"id": "chat tag", "messages": [{"role": "user", "content": "<|image|>?"}]}',
+        '{"id": "name", "messages": [{"role": "user", "name": "Bo", "content": "Hi"}]}',
+        '{"id": "told", "prompt": "Hi", "system": 3}',
         '{"id": "null", "prompt": "What?", "images": [null]}',
         '{"id": "tags", "prompt": "<|image_3|>?"}',
         '{"id": "end", "messages": [{"role": "assistant", "content": "So."}]}',
@@ -105,7 +137,7 @@ def test_a_bad_row_says_why_and_spoils_no_other(
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(SampleError, match=f"16 of 18 rows of {source} have no answer; {out} says"):
+    with pytest.raises(SampleError, match=f"23 of 25 rows of {source} have no answer; {out} says"):
         answer_file(asker, source, out, read_messages)
     found = {row["id"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
     assert found["good"]["prediction"] == found["good too"]["prediction"]
@@ -122,7 +154,14 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         "both": "a row has both a 'prompt' and 'messages'; leave one of them out",
         "gone": "none.png does not exist",
         "odd": "'images' is a str",
-        "llava": "it has 'image'; write 'images': [PATH, ...]",
+        "llava": "none.png does not exist",
+        "twice": "a row has its pictures twice: 'image' and 'img'",
+        "film": "a key is not understood: 'video' of the row; films are not read",
+        "film tag": "a tag stands for nothing: <video>",
+        "tools": "a key is not understood: 'tools' of the row; tools are not taught",
+        "chat tag": "a tag stands for nothing: <|image|>",
+        "name": "a key is not understood: 'name' of a turn",
+        "told": "'system' is a int, not a text",
         "null": "an image is a NoneType",
         "tags": "do not number 0 images",
         "end": "nothing that asks for an answer",

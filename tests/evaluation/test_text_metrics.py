@@ -2,7 +2,8 @@
 
 import pytest
 
-from phi3v.evaluation.metrics import Answer, score
+from phi3v.errors import ConfigError
+from phi3v.evaluation.metrics import Answer, compile_pattern, score
 from phi3v.evaluation.metrics.text import (
     accuracy,
     anls,
@@ -169,3 +170,35 @@ def test_the_walkthroughs_price_error_is_of_the_teacher_forced_text():
     found = score([name], [seen, lost, other], None)[name]
     assert (found.value, found.n) == ((100 + 100) / 2, 2)  # the third was not asked for
     assert score([name], [other], None)[name].n == 0
+
+
+PEOPLE = ("red",) * 4 + ("dark red",) * 3 + ("2",) * 2 + ("don't know",)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("red", PEOPLE, 1.0),
+        ("dark red", PEOPLE, (3 * 2 / 3 + 7) / 10),
+        ("2", PEOPLE, (2 * 1 / 3 + 8 * 2 / 3) / 10),
+        ("dont know", PEOPLE, (0 + 9 / 3) / 10),
+        ("blue", PEOPLE, 0.0),
+        ("The RED.", PEOPLE, 1.0),
+        ("Two", PEOPLE, (2 * 1 / 3 + 8 * 2 / 3) / 10),
+        ("dark-red", PEOPLE, (3 * 2 / 3 + 7) / 10),
+        ("1,000", ("1000",) * 10, 1.0),
+        ("1.5", ("1.5",) * 10, 1.0),
+        ("1.5", ("15",) * 10, 0.0),
+        ("red", ("red", "blue"), 1.0),
+        ("green", ("red", "blue"), 0.0),
+    ],
+)
+def test_vqa_accuracy_asks_whether_three_of_the_others_said_it(prediction, answers, expected):
+    found = value("vqa_accuracy", Answer("a", "red", prediction, answers))
+    assert found == pytest.approx(expected)
+
+
+def test_a_reference_with_a_decimal_comma_is_told_so() -> None:
+    pattern = compile_pattern("{price:float} EUR")
+    with pytest.raises(ConfigError, match=r"1,5 has a decimal comma, :float reads a point; "):
+        score(["price_mae"], [Answer("a", "1,5 EUR", "1.5 EUR")], pattern)

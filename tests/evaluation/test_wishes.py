@@ -9,10 +9,10 @@ import pytest
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.ask import ask
-from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.wishes import Wishes, fulfil
 from phi3v.prepare.chats import read_messages
+from phi3v.processing import Phi3VProcessor
 from tests.tiny import write_jsonl
 
 A, B = Path("a"), Path("b")
@@ -47,10 +47,10 @@ def test_files_are_looked_at_before_a_model_is_opened(tmp_path: Path) -> None:
         Wishes(jsonl=write_jsonl(tmp_path / "in.jsonl", []), out=tmp_path),
     ):
         with pytest.raises(ConfigError, match=f"{tmp_path} is a folder; name a "):
-            fulfil(wishes, open_nothing, "none", read_messages)
+            fulfil(wishes, open_nothing, open_nothing, read_messages)
 
 
-def open_nothing() -> Generator:
+def open_nothing() -> Any:
     raise AssertionError("a model is opened")
 
 
@@ -59,14 +59,16 @@ def test_a_file_of_answers_is_told_in_one_line(
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Hi"}])
     wishes = Wishes(jsonl=source, out=tmp_path / "out.jsonl", max_new_tokens=2)
-    fulfil(wishes, lambda: open_model(tiny_model, 2), str(tiny_model), read_messages)
+    processor = Phi3VProcessor.from_pretrained(tiny_model)
+    fulfil(wishes, lambda: open_model(tiny_model, 2), lambda: processor, read_messages)
     told = capsys.readouterr()
     assert told.err.endswith(f"rows answered: 1, in {tmp_path}/out.jsonl\n") and told.out == ""
 
 
 def answered(model: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
     wishes = Wishes(max_new_tokens=8, **options)
-    fulfil(wishes, lambda: open_model(model, 8), str(model), read_messages)
+    processor = Phi3VProcessor.from_pretrained(model)
+    fulfil(wishes, lambda: open_model(model, 8), lambda: processor, read_messages)
     return capsys.readouterr().out
 
 

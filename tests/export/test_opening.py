@@ -45,8 +45,10 @@ def test_a_step_is_refused_before_a_model_is_opened(
     with pytest.raises(CheckpointError, match="has no best checkpoint, for checkpoint.best of"):
         check_step([str(made)], "best")
     with pytest.raises(ConfigError, match=f"--step 2 is for run folders, and {tiny_model} is non"):
-        check_step([str(best), str(tiny_model)], "2")
-    assert check_step([str(tiny_model)], None) == {str(tiny_model): None}
+        check_step([str(tiny_model)], "2")
+    base, compared = str(tiny_model), {str(tiny_model): None, str(best): 2}
+    assert check_step([base], None) == {base: None}
+    assert check_step([base, str(best)], "best") == compared, "the base beside its run"
 
 
 @pytest.mark.slow

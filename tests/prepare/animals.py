@@ -10,6 +10,8 @@ from itertools import permutations
 from random import Random
 from typing import Any
 
+from phi3v.processing.keys import FILMS, PICTURES, SOUNDS, TRAINED
+from phi3v.processing.prompt import STRAY_TAG
 from tests.prepare.pictures import GOOD
 from tests.prepare.references import Reference
 from tests.tiny import turn
@@ -26,6 +28,9 @@ LONG = "too many tokens: "
 NOT_JSON = "the row is not valid JSON: "
 NO_MESSAGES = "'messages' is not a list of messages"
 NO_CONTENT = "a message has no 'role' and 'content' text"
+KEY = "a key is not understood: "
+STRAY = "a tag stands for nothing: "
+MARK = "a turn is trained or not: "
 
 # Texts that are nothing but text.
 SPOKEN: list[str] = [
@@ -60,12 +65,14 @@ class Animal:
     fate      GOOD, or what the reason of its rejection starts with
     pictures  of a good one: what its images are read from, in order of appearance
     answers   of a good one: what is trained, space around it apart
+    untrained of a good one: how many answers are not
     """
 
     row: Any
     fate: str = GOOD
     pictures: tuple[bytes, ...] = ()
     answers: tuple[str, ...] = ("This.",)
+    untrained: int = 0
 
 
 def shown(image: Reference, row: Any) -> Animal:
@@ -83,6 +90,9 @@ def texts(tokens: Sequence[str]) -> Iterator[Animal]:
     for text in SPOKEN:
         yield Animal(turn(f"{text}.", text), answers=(text,))
     for token in tokens:
+        if STRAY_TAG.search(token):
+            yield Animal(turn(f"{token} x", "This."), STRAY)
+            continue
         for text in (token, f" {token}\n{token} x", f"a{token}b", token * 20):
             yield Animal(turn(text, text), answers=(text,))
             yield Animal(chat(("system", text), ("user", "x"), ("assistant", "This.")))
@@ -153,13 +163,43 @@ def orders_of_images(one: Reference, two: Reference) -> Iterator[Animal]:
     yield Animal(chat(("user", parts), answer, images=images), more)
     tagged = [TAG, "<|image_2|>", "<|image_3|>", "<|image_0|>", TAG * 2, TAG * 3000]
     tagged += ["<|image_1|><|image_3|>", "<|image_2|><|image_2|>", f"<|image_{'9' * 4000}|>"]
-    for text in (*tagged, "", "<image><image>"):
+    for text in ("<image><image>", "<image> or\n<image>"):
+        yield Animal(turn(f"Hi {text}", "This.", images=images), GOOD, pair)
+    for text in (*tagged, "", "<image>", "<image>" * 3):
         yield Animal(turn(f"Hi {text}", "This.", images=images), TAGS)
     for text in tagged:
         yield Animal(turn(text, "This."), TAGS)
         yield Animal(turn("Hi", text, images=images), NO_TAG)
     many = "image tag has too many digits: "
     yield Animal(turn(f"<|image_{'1' * 5000}|>", "This.", images=images), many)
+
+
+def keys_and_tags(image: Reference) -> Iterator[Animal]:
+    """Rows that say more than their messages: by keys, by tags, by marks on their turns."""
+    for key in PICTURES:
+        held = [image.value] if key == "images" else image.value
+        yield shown(image, turn("<image>What?", "This.", **{key: held}))
+    two = {"image": image.value, "picture": image.value}
+    yield Animal(turn("<image>", "This.", **two), "a row has its pictures twice: ")
+    for key in (*FILMS, *SOUNDS, "tools", "history", "chosen", "rejected", "x", "", "\n", "\u202e"):
+        yield Animal(turn("Hi", "This.", **{key: ["x"]}), KEY)
+        yield Animal(turn("Hi", "This.", **{key: None}))
+        named = turn("Hi", "This.")
+        named["messages"][1][key] = {"x": 1}
+        yield Animal(named, KEY)
+    for tag in ("<video>", "<audio>", "<img>", "<|image|>", "<|video_1|>", "<ImageHere>"):
+        yield Animal(turn(f"What? {tag}", "This."), STRAY)
+        yield Animal(turn("What?", f"This. {tag}"), STRAY)
+    for key in TRAINED:
+        chat = turn("Hi", "Not this.")
+        chat["messages"] += turn("Again", "This.")["messages"]
+        for value, fate in ((0, GOOD), (0.5, MARK), ("0", MARK), ([], GOOD), (-1, MARK)):
+            marked = {"messages": [dict(message) for message in chat["messages"]]}
+            marked["messages"][1][key] = value
+            answers = ("This.",) if value == 0 else ("Not this.", "This.")
+            yield Animal(marked, fate, answers=answers, untrained=2 - len(answers))
+    yield Animal(turn("Hi", "This.", system="Be brief."))
+    yield Animal(turn("Hi", "This.", system={"a": 1}), "'system' is not a text: ")
 
 
 def lines(random: Random) -> Iterator[Animal]:
@@ -173,7 +213,7 @@ def lines(random: Random) -> Iterator[Animal]:
     plain = json.dumps(turn("Hi", "This."))
     yield from (Animal(plain[:end].encode(), NOT_JSON) for end in range(1, len(plain)))
     for value in (_nested(50), "1" * 4000, "1e999", "NaN", "-Infinity", '"\\u0000"'):
-        yield Animal(f'{{"x": {value}, {plain[1:]}'.encode())
+        yield Animal(f'{{"meta": {value}, {plain[1:]}'.encode())
     # 1,000 frames are what Python's parser can nest, less those of its callers.
     deep = [_nested(depth) for depth in (200, *range(900, 1000, 9), 10_000)]
     for value in (*deep, '{"a":' * 10_000 + "1" + "}" * 10_000, "1" * 5000, "01", "'a'"):

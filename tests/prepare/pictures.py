@@ -12,7 +12,8 @@ from io import BytesIO
 from random import Random
 from typing import Any
 
-from PIL import Image, TiffImagePlugin
+import numpy as np
+from PIL import Image, ImageOps, TiffImagePlugin
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = 100_000_000
@@ -21,6 +22,7 @@ BOMB = 30_000  # pixels each way
 
 GOOD = ""  # the fate of a row that becomes a sample
 UNREADABLE = "image cannot be read: "
+UNRANGED = "image has "
 TOO_LARGE = "image has too many pixels: "
 TOO_NARROW = "image is too narrow: "
 
@@ -34,10 +36,34 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def decoded(data: bytes) -> Image.Image:
-    """The first frame in RGB."""
+    """The first frame in RGB, as a new dataset has it: upright, on white, 16 bits scaled to 8.
+
+    Raises: NoAgreedRange for integers and floats of 32 bits, and for 16 bits with low values only.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Image.open(BytesIO(data), formats=FORMATS).convert("RGB")
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # metadata that cannot be read turn nothing
+            pass
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image)
+            is_wide = values.max() > 16383 or not values.any()
+            if image.mode == "F" or (image.mode == "I" and values.max() > 65535) or not is_wide:
+                raise NoAgreedRange
+            return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+
+
+class NoAgreedRange(Exception):
+    """Raised for pixels of which nobody can say what is white."""
 
 
 def fate_of(data: bytes) -> str:
@@ -48,8 +74,10 @@ def fate_of(data: bytes) -> str:
             return TOO_LARGE
         if max(width, height) > LONGEST * min(width, height):
             return TOO_NARROW
-        if decoded(data).size != (width, height):
+        if sorted(decoded(data).size) != sorted((width, height)):
             return UNREADABLE
+    except NoAgreedRange:
+        return UNRANGED
     except Exception:  # whatever Pillow thinks of
         return UNREADABLE
     return GOOD

@@ -23,7 +23,7 @@ INVALID = (
     'http:// http:///a.png https://[::1 http://127.0.0.1:99999/ http://a..b/ http://a"b/ http://*/'
 )
 HOSTS = ("\ud83d", "x" * 5000, "a b", "\u202e", "\0", "<|end|>")
-OTHERS = "s3://shop/a.png file:///etc/passwd ftp://x/y javascript://%0a x+y-z.1://"
+OTHERS = "s3://shop/a.png ftp://x/y javascript://%0a x+y-z.1://"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ def _addresses() -> Iterator[Reference]:
     yield from (Reference(url, NO_URL) for url in INVALID.split(" "))
     yield from (Reference(f"http://{host}/a.png", NO_URL) for host in HOSTS)
     yield from (Reference(url, NO_HTTP) for url in OTHERS.split(" "))
+    yield from (
+        Reference(f"file://{url}", UNREADABLE) for url in ("/etc/passwd", "localhost/etc/passwd")
+    )
+    yield Reference("file:///nowhere/at%20all.png", ABSENT)
 
 
 def _encoded(data: bytes) -> Iterator[Reference]:

@@ -18,7 +18,7 @@ from phi3v.sample import Sample
 from tests.tiny import make_model, product_recipe, recipe, turn, write_jsonl
 
 ROWS = [
-    turn(f"Question {k}", f"Answer {k}", id=f"r{k}", group=f"g{k % 40}", name="x" * (k % 7))
+    turn(f"Question {k}", f"Answer {k}", id=f"r{k}", category=f"g{k % 40}", task="x" * (k % 7))
     for k in range(200)
 ]
 
@@ -309,7 +309,7 @@ def split_ids(folder: Path) -> dict[str, list[str]]:
 def test_a_split_by_a_column_keeps_equal_values_together(
     tmp_path: Path, source: Path, tiny_model: Path
 ) -> None:
-    split = {"validation": 0.3, "by": "group"}
+    split = {"validation": 0.3, "by": "category"}
     prepare(text_recipe(tiny_model, source, tmp_path / "out", split=split))
     sides = defaultdict(set)
     for side, names in split_ids(tmp_path / "out").items():
@@ -320,7 +320,7 @@ def test_a_split_by_a_column_keeps_equal_values_together(
     assert sum(side == {"validation"} for side in sides.values()) == pytest.approx(12, abs=6)
 
 
-@pytest.mark.parametrize("by", ["group", None])
+@pytest.mark.parametrize("by", ["category", None])
 def test_a_rows_side_does_not_depend_on_the_other_rows(
     tmp_path: Path, source: Path, tiny_model: Path, by: str | None
 ) -> None:

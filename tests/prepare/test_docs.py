@@ -31,7 +31,7 @@ def folder(tmp_path: Path, tiny_model: Path) -> Path:
     """The files that the page names, beside a model."""
     names = re.findall(r"^`(\w+\.\w+)`[:,]", TEXT, flags=re.MULTILINE)
     assert names == ["shop.csv", "shop.yaml", "chats.jsonl", "chats.yaml"]
-    (shop_csv,), (shop, chats), (jsonl,) = blocks("csv"), blocks("yaml"), blocks("json")
+    (shop_csv,), (shop, chats, *_), (jsonl,) = blocks("csv"), blocks("yaml"), blocks("json")
     for name, text in zip(names, (shop_csv, shop, jsonl, chats), strict=True):
         (tmp_path / name).write_text(text, encoding="utf-8")
     for number in (1, 2, 3):

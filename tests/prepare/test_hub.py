@@ -87,7 +87,7 @@ def test_a_folder_of_pictures_gives_their_paths(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         write_picture(tmp_path / f"pets/train/{name}/0.png")
     rows = rows_of(opened(tmp_path / "pets", tmp_path / "work"))
-    assert [row["label"] for row in rows] == [0, 1]
+    assert [(row["label"], row["label"].id) for row in rows] == [("cat", 0), ("dog", 1)]
     assert rows[0]["image"] == {"bytes": None, "path": str(tmp_path / "pets/train/cat/0.png")}
 
 

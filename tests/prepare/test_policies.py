@@ -15,7 +15,7 @@ from phi3v.prepare import Part, merge, prepare, prepare_part, summary, verify
 from phi3v.processing import Phi3VProcessor
 from tests.tiny import assert_same, recipe, turn, write_jsonl, write_picture
 
-ROWS = [turn(f"Question {k}", f"Answer {k}", id=f"r{k}", group=f"g{k % 7}") for k in range(300)]
+ROWS = [turn(f"Question {k}", f"Answer {k}", id=f"r{k}", category=f"g{k % 7}") for k in range(300)]
 
 
 def several(model: Path, out: Path, *sources: dict[str, Any], **values: Any) -> DatasetConfig:
@@ -69,7 +69,7 @@ def test_sources_of_all_kinds_make_one_dataset(folder: Path, tiny_model: Path) -
     )
     assert manifest["rows"] == 5 and manifest["num_crops"] == 4
     line = (folder / "out/rejected.jsonl").read_text()
-    assert f'"source": "{folder}/shop/rows.csv", "row": 1, "id": null' in line
+    assert f'"source": "{folder}/shop/rows.csv", "row": 1, "line": 3, "id": null' in line
 
 
 def test_a_list_of_paths_shares_a_section(tmp_path: Path, tiny_model: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_weight_above_one_lists_rows_again_and_stores_them_once(
 def test_of_every_stratum_the_same_share_is_held_out(
     tmp_path: Path, source: str, tiny_model: Path
 ) -> None:
-    split = {"validation": 0.2, "stratify": "group"}
+    split = {"validation": 0.2, "stratify": "category"}
     prepare(recipe(tiny_model, tmp_path / "out", {"path": source}, split=split))
     held_out = Counter(int(name[1:]) % 7 for name in names(tmp_path / "out", "validation"))
     total = Counter(k % 7 for k in range(300))

@@ -42,7 +42,7 @@ def with_image(reference: Any) -> dict[str, Any]:
 # A row of messages, and the start of the reason for which it cannot be used.
 BAD_ROWS: list[tuple[Any, str]] = [
     (with_image("torn.png"), "image cannot be read: torn.png, "),
-    (with_image("text.png"), "image cannot be read: text.png, cannot identify image file"),
+    (with_image("text.png"), "image cannot be read: text.png, it is a web page, not the file"),
     (with_image("line.png"), "image is too narrow: 1x2000 pixels, nothing of the short side is"),
     (with_image("gone.png"), "image does not exist: ROOT/gone.png"),
     (with_image("."), "image does not exist: ROOT"),
@@ -146,7 +146,7 @@ def test_every_bad_row_of_messages_is_listed_with_its_reason(
     manifest = prepare(cfg)
     lines = rejected(folder / "out")
     for line, reason in zip(lines, reasons, strict=True):
-        assert line.keys() == {"source", "row", "id", "reason"}
+        assert line.keys() == {"source", "row", "line", "id", "reason"}
         assert line["reason"].startswith(reason.replace("ROOT", str(folder))), line
         assert line["source"] == str(path)
     places = [line["row"] for line in lines]
@@ -226,8 +226,8 @@ def test_more_rejected_rows_than_allowed_stop_with_nothing_published(
     listed = folder / ".out.partial/rejected.jsonl"
     assert str(caught.value) == (
         f"3 of 10 rows of {path} cannot be used, max_rejected allows a share of 0.29: 2 x image "
-        f"does not exist; 1 x an answer is empty; first: row 7, image does not exist: "
-        f"{folder}/gone.png; mend the rows that {listed} lists, or raise max_rejected"
+        f"does not exist; 1 x an answer is empty; first: row 8, line 8 of {path}, image does not "
+        f"exist: {folder}/gone.png; mend the rows that {listed} lists, or raise max_rejected"
     )
     assert len(listed.read_text().splitlines()) == 3
     assert not (folder / "out").exists()

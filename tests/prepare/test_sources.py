@@ -257,7 +257,7 @@ def test_a_quote_that_is_never_closed_does_not_swallow_rows(tmp_path: Path) -> N
         (
             "a.xlsx",
             b"",
-            "ends in '.xlsx'; use one of .csv, .tsv, .jsonl, .json, .parquet, .arrow, ",
+            "ends in '.xlsx'; use one of .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .arrow, ",
         ),
         ("a", b"", "ends in ''; use one of "),
     ],

@@ -29,6 +29,7 @@ from tests.prepare.animals import (
     TURNS,
     Animal,
     chat,
+    keys_and_tags,
     lines,
     no_chats,
     orders_of_images,
@@ -81,6 +82,7 @@ def make_zoo(folder: Path, tokens: Sequence[str], rows: int, seed: int = 0) -> Z
     _write_products(zoo, images)
     _write_tables(zoo, images)
     chats = [*texts(tokens), *orders_of_turns(), *no_chats(), *orders_of_images(*images[:2])]
+    chats += keys_and_tags(images[0])
     identified = zip(named, cycle(IDS), strict=False)
     chats += [*lines(random), *(_in_chat(image, id=name) for image, name in identified)]
     left = rows - 1 - len(chats) - sum(map(len, zoo.animals.values()))

@@ -2,19 +2,29 @@
 
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
 
-from phi3v.config import DatasetConfig, RunConfig, load_recipe
+from phi3v.config import DatasetConfig, RunConfig, dump_yaml, load_recipe
+from phi3v.config.dataset import ImagesSection
 from phi3v.data import Dataset
 from phi3v.data.format import read_manifest
 from phi3v.evaluation.metrics import Answer, compile_pattern, is_lower_better, score
+from phi3v.export import open_processor
+from phi3v.export.opening import picture_settings
+from phi3v.export.originals import write_originals
+from phi3v.files import write_json
 from phi3v.prepare import prepare
 from phi3v.processing import Phi3VProcessor
 from phi3v.processing.prompt import Message, encode_messages
 from phi3v.sample import Sample
+from phi3v.training.opening import describe_data
 from tests.commands import ROOT, metrics, python, run
 from tests.prepare.hosts import Host
 from tests.recipes.standins import MAKERS, ROWS, Chat, StandIn, decode, make_nlvr2
@@ -70,6 +80,28 @@ def test_a_shipped_recipe_makes_the_chat_of_every_row(
     processor = Phi3VProcessor.from_pretrained(tiny_model, num_crops=num_crops)
     for row, chat in enumerate(standin.chats):
         assert_holds(samples[row], chat, processor)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_export_shows_pictures_as_the_shards_hold_them(
+    name: str, tmp_path: Path, tiny_model: Path, host: Host
+) -> None:
+    standin = MAKERS[name](tmp_path, host)
+    folder = prepare_recipe(name, standin, tiny_model, tmp_path / "shards" / name)
+    places = [f"model.path={tiny_model}", f"data.shards={folder}"]
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir(), out.mkdir()
+    cfg = load_recipe(RunConfig, RECIPES / f"{name}.yaml", places)
+    (run / "config.yaml").write_text(dump_yaml(cfg))
+    write_json(run / "data.json", describe_data(Dataset(folder, "train")))
+    write_originals(str(tiny_model), out, torch.float32, picture_settings(run))
+    processors = AutoProcessor.from_pretrained(out), open_processor(str(run))
+    for row, sample in read_rows(folder).items():
+        pictures = [Image.open(BytesIO(picture)) for picture in standin.chats[row].pictures]
+        for processor in processors:
+            for canvas, picture in zip(sample.images, pictures, strict=True):
+                assert np.array_equal(processor.canvas(picture), canvas.pixels)
+    assert all(processor.rules == ImagesSection() for processor in processors)
 
 
 @pytest.mark.parametrize("name", MAKERS)

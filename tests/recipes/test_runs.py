@@ -18,9 +18,9 @@ from phi3v.config.schema import Checkpointing
 from phi3v.evaluation.metrics import compile_pattern, find_metrics
 from phi3v.geometry import Grid, image_tokens
 from phi3v.processing.prompt import image_tags
+from phi3v.training import start
 from phi3v.training.memory import CARDS, Pack, evaluation_memory, gpu_memory
 from phi3v.training.memory import PUBLISHED as PUBLISHED_SIZES
-from phi3v.training.start import deepspeed_file
 from tests.commands import ROOT
 
 RECIPES = ROOT / "launch" / "recipes"
@@ -33,10 +33,14 @@ SIDE = 12  # of the published model
 TEXT = 100  # tokens that are left for words beside the largest pictures
 
 
+@pytest.mark.parametrize("has_cuda", [False, True], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
-def test_a_run_recipe_fits_its_deepspeed_json_and_its_metrics_exist(path: Path) -> None:
+def test_a_run_recipe_fits_its_deepspeed_json_and_its_metrics_exist(
+    path: Path, has_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "has_cuda", lambda: has_cuda)
     cfg = load_recipe(RunConfig, path, ())
-    check(cfg, load_deepspeed(ROOT / deepspeed_file(cfg), RANKS))
+    check(cfg, load_deepspeed(start.deepspeed_file(cfg), RANKS))
     find_metrics(cfg.eval.metrics, compile_pattern(cfg.eval.pattern) if cfg.eval.pattern else None)
 
 
@@ -85,7 +89,7 @@ def test_a_run_of_a_published_model_fits_the_cards_it_is_for_and_uses_them(name:
     path = RECIPES / f"{name}.yaml"
     run = load_recipe(RunConfig, path, ())
     assert run.deepspeed
-    ds = load_deepspeed(ROOT / run.deepspeed, RANKS)
+    ds = load_deepspeed(start.deepspeed_file(run), RANKS)
     pack = Pack(tokens=run.data.max_tokens, views=run.data.max_views)
     chosen = run.model.checkpointing, run.model.tower_checkpointing
     ways: tuple[tuple[Checkpointing, Checkpointing], ...]

@@ -70,7 +70,7 @@ def test_it_opens_through_the_auto_classes_and_answers(tiny_model: Path) -> None
     assert isinstance(model, Phi3VForCausalLM) and isinstance(processor, Phi3VProcessor)
     inputs = processor("<|user|>\n<|image_1|>\nWhat?<|end|>\n", Image.new("RGB", (90, 40)))
     with torch.no_grad():
-        logits = model(**{key: inputs[key] for key in inputs if key != "num_img_tokens"}).logits
+        logits = model(**inputs).logits
     assert logits.shape[:2] == inputs["input_ids"].shape
     assert logits.isfinite().all()
     assert len(processor.tokenizer) <= logits.shape[2]

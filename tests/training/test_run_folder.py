@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,6 +129,8 @@ def test_a_new_folder_takes_any_recipe(tmp_path: Path) -> None:
         "run.out=/moved/demo",
         "deepspeed=a/copy/of/the/same.json",
         "optim.warmup_steps=0",
+        "data.shards=/moved/shards",  # a checkpoint tells the fingerprint of its data
+        "data.shards=[{path: shards/demo}]",
     ],
 )
 def test_what_does_not_change_the_training_may_change(folder: RunFolder, override: str) -> None:
@@ -165,6 +168,52 @@ def test_another_recipe_is_refused_with_the_values_of_both_and_a_way_on(
     )
 
 
+def test_a_finished_run_is_not_taken_for_one_on_other_data(folder: RunFolder) -> None:
+    folder.check_data("xyz")
+    folder.write_summary({"is_finished": True})
+    folder.check_data("abc")
+    with pytest.raises(ConfigError, match="on data with fingerprint abc, data.shards now has xyz"):
+        folder.check_data("xyz")
+
+
+def test_a_model_that_was_moved_or_is_named_in_another_way_is_the_same(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known by the run's own record, and of a run without one by the folder that it names."""
+    model, moved = tmp_path / "model", tmp_path / "moved"
+    shutil.copytree(tiny_model, model)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.write_origin(recipe(f"model.path={model}"), deepspeed(), {}, world_size=2)
+    monkeypatch.chdir(tmp_path)
+    folder.check_recipe(recipe("model.path=model"), deepspeed())
+    model.rename(moved)
+    folder.check_recipe(recipe(f"model.path={moved}"), deepspeed())
+    environment = json.loads((folder.path / "environment.json").read_text())
+    del environment["model"]
+    (folder.path / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(ConfigError, match="recipe: model.path was "):
+        folder.check_recipe(recipe(f"model.path={moved}"), deepspeed())
+    model.symlink_to(moved)
+    folder.check_recipe(recipe(f"model.path={moved}"), deepspeed())
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_another_model_is_refused_wherever_it_lies(
+    name: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    content = bytearray((other / name).read_bytes())
+    content[-20] ^= 1
+    (other / name).write_bytes(content)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.write_origin(recipe(f"model.path={tiny_model}"), deepspeed(), {}, world_size=2)
+    with pytest.raises(ConfigError, match="recipe: model.path was "):
+        folder.check_recipe(recipe(f"model.path={other}"), deepspeed())
+
+
 @pytest.mark.parametrize("name", ["zero3_cpu.json", "eval.json", "deepspeed.json"])
 def test_another_deepspeed_json_is_refused_whatever_its_name(
     folder: RunFolder, tmp_path: Path, name: str
@@ -185,7 +234,7 @@ def test_the_origin_says_what_the_run_is_made_of(folder: RunFolder) -> None:
     assert read("deepspeed.json") == deepspeed().json
     assert read("data.json") == {"fingerprint": "abc"}
     environment = read("environment.json")
-    assert environment == {**describe_environment(world_size=2), "execution": None}
+    assert environment == {**describe_environment(world_size=2), "execution": None, "model": None}
     assert environment["ranks"] == 2
     assert environment["host"] == socket.gethostname()
     assert environment["versions"].keys() >= {"torch", "deepspeed", "transformers"}

@@ -77,7 +77,7 @@ def test_a_shown_sample_has_its_tokens_texts_and_provenance(view: View, shards: 
     assert f"image 1: {tokens} tokens, 2 \u00d7 2 crops" in text
     assert f"image 1: 112 \u00d7 112 pixels, 2 \u00d7 2 crops, {tokens} tokens" in text
     assert "a blue picture. a blue picture.<|end|>" in text and "<|user|>" in text
-    assert f"rows.jsonl, row {sample.meta['row']}" in text
+    assert f"rows.jsonl, row {sample.meta['row'] + 1}" in text
     assert f"{len(sample.input_ids)} tokens, " in text and "1 of 21" in text
 
 
@@ -92,7 +92,7 @@ def test_rejected_rows_stand_by_reason_the_most_frequent_first(view: View) -> No
     part = text[text.index("Rejected rows") : text.index("Packs")]
     assert "4 of 25 rows" in part
     assert part.index("image does not exist") < part.index("an answer is empty")
-    for shown in ("row 21", "row 22", "row 23", "row 24", "<b>2.png", "gone"):
+    for shown in ("row 22", "row 23", "row 24", "row 25", "<b>2.png", "gone"):
         assert shown in part
 
 

@@ -1,10 +1,13 @@
 """An answer to be scored, and the fields that a pattern finds in it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phi3v.errors import ConfigError
 from phi3v.evaluation.metrics.patterns import Fields, Pattern
+
+DECIMAL_COMMA = re.compile(r"\b\d+,\d{1,2}\b")
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ def read_rows(answers: Sequence[Answer], pattern: Pattern | None) -> list[Row]:
 
 def misfit(place: str, reference: str, pattern: Pattern) -> ConfigError:
     """The refusal of a reference that the pattern cannot read; `place` says where it is."""
+    has_comma = float in pattern.fields.values() and DECIMAL_COMMA.search(reference)
+    hint = f"{has_comma[0]} has a decimal comma, :float reads a point; " if has_comma else ""
     return ConfigError(
         f"{place}: the reference '{reference}' does not fit the pattern '{pattern.template}'; "
-        "correct eval.pattern, or the assistant text of the dataset"
+        f"{hint}correct eval.pattern, or the assistant text of the dataset"
     )
 
 

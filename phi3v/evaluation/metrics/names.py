@@ -43,6 +43,10 @@ WHOLE: Mapping[str, Kind] = {
     "relaxed_accuracy": Kind(
         "rows whose number is within 5% of the right one, or whose text is right but for case"
     ),
+    "vqa_accuracy": Kind(
+        "mean VQA accuracy: 1 for what three others of ten people said too, or of "
+        "fewer than four accepted answers any"
+    ),
     "rouge_l": Kind("mean F1 of the words shared in order with the best accepted answer"),
     "bleu": Kind(
         "overlap of sequences of 1 to 4 words over all rows together, 0 to 1 (sacrebleu's over "

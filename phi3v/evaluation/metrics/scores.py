@@ -10,6 +10,7 @@ from phi3v.evaluation.metrics.bleu import bleu_of, row_counts
 from phi3v.evaluation.metrics.intervals import LIMITS, Score, interval, resample
 from phi3v.evaluation.metrics.names import UNSEEN, Metric, find_metrics
 from phi3v.evaluation.metrics.patterns import Fields, Pattern
+from phi3v.evaluation.metrics.vqa import vqa_accuracy
 
 OF_TEXT: dict[str, Callable[[str, str], float]] = {
     "exact_match": text.exact_match,
@@ -144,6 +145,8 @@ def _value(metric: Metric, row: Row) -> float | None:
     answer = row.answer
     if metric.kind == "teacher_forced_price_error":
         return _price_error(answer)
+    if metric.kind == "vqa_accuracy":
+        return vqa_accuracy(answer.prediction, answer.accepted)
     of_text = OF_TEXT[metric.kind]
     return max(of_text(answer.prediction, accepted) for accepted in answer.accepted)
 

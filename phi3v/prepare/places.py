@@ -1,0 +1,77 @@
+"""Paths as other systems and tools write them: where the file they mean is.
+
+    found = find_file(root, "img\\\\red%20pear.png")
+
+Windows separates by backslashes, web tools encode blanks as %20, macOS takes an accent apart
+(Unicode NFD) where most texts have it in one piece. A path that exists as it is written comes
+first; else the one file that it may mean.
+"""
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from urllib.parse import unquote
+
+FOLDERS = 64  # whose names are remembered
+
+
+def local_path(text: str) -> Path:
+    """The path of a text that may be a file:// address."""
+    if text[:7].lower() != "file://":
+        return Path(text)
+    return Path("/" + unquote(text[7:]).removeprefix("localhost").lstrip("/"))
+
+
+def find_file(root: str | Path, text: str) -> str | None:
+    """The file that a path of a row means; None if there is none.
+
+    root  where a relative path starts
+    """
+    path = os.path.join(root, text)
+    if os.path.isfile(path):  # False for a text of any kind, where Path.is_file raises
+        return path
+    if not text.isprintable() or len(text) > os.pathconf("/", "PC_PATH_MAX"):
+        return None
+    for other in _spellings(text):
+        path = os.path.join(root, other)
+        if os.path.isfile(path):
+            return path
+    return None
+
+
+def _spellings(text: str) -> Iterator[str]:
+    """Other ways to write a path, the likeliest first."""
+    slashes = text.replace("\\", "/")
+    decoded = (unquote(slashes, errors="surrogateescape"), slashes)
+    forms = (unicodedata.normalize(form, t) for t in decoded for form in ("NFC", "NFD"))
+    seen = {text}
+    for other in chain((slashes, decoded[0]), forms):
+        if other not in seen:
+            seen.add(other)
+            yield other
+
+
+def nearby(path: str | Path) -> Path | None:
+    """A file of the same folder whose name differs in case, suffix or Unicode form alone."""
+    folder, name = os.path.split(str(path).replace("\\", "/"))
+    names = _names(folder or ".")
+    close = names.get(_folded(name)) or names.get(_folded(os.path.splitext(name)[0]))
+    return Path(folder, close) if close else None
+
+
+@lru_cache(maxsize=FOLDERS)
+def _names(folder: str) -> dict[str, str]:
+    """The names in a folder by what they are without case, and without their suffix."""
+    try:
+        names = sorted(os.listdir(folder), reverse=True)
+    except (OSError, ValueError):
+        return {}
+    stems = {_folded(os.path.splitext(name)[0]): name for name in names}
+    return stems | {_folded(name): name for name in names}
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
