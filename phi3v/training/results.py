@@ -22,16 +22,15 @@ from phi3v.training.checkpoints.store import (
     step_name,
     steps_saved,
 )
-from phi3v.training.faults import TO_DEVIATION
 from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT, RunFolder
 
 PREDICTIONS = "predictions.jsonl"
 # A loss that does not fall stays near that of the first step, which the weights as they were gave.
-LAST_STEPS = 20  # whose median loss is where a run ended; of a short run the last half
+LAST_STEPS = 20  # that tell where a run ended; of a short run the last half
 NEEDED = 4  # steps, before anything can be said
-ABOVE = 0.5  # of the first loss, by which the end is above it at least
+ABOVE = 0.5  # of the first loss, by which a loss is far above it
 AT_LEAST = 0.1  # nats, likewise: 0.02 after 0.01 is no divergence
-DEVIATIONS = 2.5  # robust ones of the last losses, likewise: where batches differ much
+SHARE = 0.9  # of the last losses that are far above: where batches differ much, some are
 
 
 def write_results(
@@ -81,9 +80,8 @@ def divergence(steps: Sequence[Mapping[str, Any]]) -> str | None:
 
     steps  lines of metrics.jsonl
 
-    Compared are the loss of the first step, which is that of the weights as they were, and the
-    median of the last LAST_STEPS. The end must be above the beginning by half of it, by AT_LEAST
-    and by DEVIATIONS median absolute deviations (scaled as in `phi3v.training.faults`) of the last.
+    The loss of the first step is that of the weights as they were. A run has diverged if SHARE of
+    its last LAST_STEPS losses are above it by half of it, and by AT_LEAST.
     """
     losses = np.array([step["loss"] for step in steps if not step.get("skipped")], dtype=float)
     losses = losses[np.isfinite(losses)]
@@ -91,8 +89,7 @@ def divergence(steps: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     last = losses[-min(LAST_STEPS, len(losses) // 2) :]
     first, end = float(losses[0]), float(np.median(last))
-    spread = TO_DEVIATION * float(np.median(np.abs(last - end)))
-    if end - first <= max(ABOVE * abs(first), AT_LEAST, DEVIATIONS * spread):
+    if np.mean(last > first + max(ABOVE * abs(first), AT_LEAST)) < SHARE:
         return None
     return f"the loss was {first:.3f} at first, and {end:.3f} over the last {len(last)} steps"
 

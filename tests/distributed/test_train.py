@@ -225,7 +225,7 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(unbroken: Path, re
 def test_a_run_that_diverged_is_written_whole_and_does_not_end_as_finished(
     recipe: Path, tmp_path: Path
 ) -> None:
-    values = ("optim.lr=0.5", "optim.warmup_steps=0", "eval.rows=0")
+    values = ("optim.lr=1", "optim.warmup_steps=0", "eval.rows=0")  # losses of 20 to 110 after 6.7
     done = run(*plain(2, recipe, *values), cwd=tmp_path)
     assert done.returncode == 2
     assert last_line(done, "Diverged").startswith("Diverged: run diverged: the loss was ")

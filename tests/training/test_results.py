@@ -245,9 +245,13 @@ def losses_of(*losses: float | None) -> list[dict[str, Any]]:
     [
         ([1.2, 8, 11, 10, 9, 9, 9, 9], "the loss was 1.200 at first, and 9.000 over the last 4"),
         ([1.2, *[9.0] * 40], "the loss was 1.200 at first, and 9.000 over the last 20 steps"),
-        ([1.2, 1.0, 1.1, *[6.0, 9.0] * 20], "the loss was 1.200 at first, and 7.500 over the"),
+        ([1.2, 1.0, 1.1, *[6.0, 90.0] * 20], "the loss was 1.200 at first, and 48.000 over the"),
+        (
+            [6.7, 9.0, 60.0, 90.0, 31.0, 12.0],
+            "the loss was 6.700 at first, and 31.000 over the last",
+        ),
     ],
-    ids=["within a few steps", "at once", "late and wildly"],
+    ids=["within a few steps", "at once", "late and wildly", "in a short run"],
 )
 def test_a_loss_that_ends_far_above_where_it_began_has_diverged(
     losses: list[float], told: str
