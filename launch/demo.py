@@ -5,7 +5,7 @@
 Overrides go to the run recipe (launch/recipes/demo.yaml). Starts afresh each time.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from phi3v.samples.demo import DemoFolders, run_demo
@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    keys = "keys of the run recipe to override"
+    parser.add_argument("values", nargs="*", default=[], metavar="key=value", help=keys)
+    arguments = parser.parse_args()
     folders = DemoFolders(
         recipes=ROOT / "launch" / "recipes",
         data=Path("data/demo"),
@@ -22,7 +28,7 @@ def main() -> None:
         shards=Path("shards/demo"),
         run=Path("runs/demo"),
     )
-    run_demo(folders, ROOT / "launch", sys.argv[1:])
+    run_demo(folders, ROOT / "launch", arguments.values)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python launch/evaluate.py MODEL [MODEL ...] --shards DIR [--split S] [eval.KEY=value ...]
 
-MODEL is a Hugging Face folder, or a run folder for its newest checkpoint. Settings not given are
-the first run folder's; without one, exact_match alone and no pattern. Several: a paired test.
+MODEL is a Hugging Face folder, or a run folder (its newest checkpoint, or --step N). Settings not
+given are the first run's; without one, exact_match alone, no pattern. Several: a paired test.
 """
 
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
@@ -20,32 +20,32 @@ def main() -> None:
     from phi3v.evaluation.evaluate import evaluate, limit_owner
     from phi3v.evaluation.held_out import open_held_out
     from phi3v.evaluation.table import all_tables
-    from phi3v.export import base_of, check_shards, evaluation_settings, open_any
-    from phi3v.training.checkpoints.store import find_step
+    from phi3v.export import base_of, check_shards, check_step, evaluation_settings, open_any
 
-    models, folders = arguments.models, [arguments.shards]
-    check_request(models, arguments.out)
+    models, folders, out = arguments.models, [arguments.shards], arguments.out
+    check_request(models, out)
     runs = [model for model in models if base_of(model) != model]
     settings = evaluation_settings(Path([*runs, *models][0]), arguments.overrides)
     for dataset in open_held_out(folders, settings).datasets:
         for model in models:
             check_shards(model, dataset)
-    for run in runs:
-        find_step(Path(run, "checkpoints"), None)
+    steps = check_step(models, arguments.step)
     found, place = {}, f" (time limit of {limit_owner(runs, arguments.overrides)})"
     for model in models:
-        found[model] = evaluate(open_any(model, settings), folders, settings, name=model + place)
+        asked = open_any(model, settings, steps[model])
+        found[model] = evaluate(asked, folders, settings, name=model + place)
     pairs = compare_models(found, folders, settings)
     print(all_tables(found, pairs))
-    if arguments.out:
-        write_comparison(arguments.out, found, pairs, folders, settings)
+    if out:
+        write_comparison(out, found, pairs, folders, settings)
 
 
 def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model or run folder")
-    parser.add_argument("settings", nargs="*", metavar="eval.KEY=value", help="a setting instead")
+    parser.add_argument("settings", nargs="*", default=[], metavar="eval.KEY=value")
     parser.add_argument("--shards", required=True, metavar="DIR", help="made by launch/prepare.py")
+    parser.add_argument("--step", metavar="N", help="of the runs, or best; default: the newest")
     parser.add_argument("--split", metavar="S", help="default: the run's, or validation")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of scores and answers")
     arguments = parser.parse_intermixed_args()

@@ -17,7 +17,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("values", nargs="*", metavar="key=value", help="recipe keys to override")
+    keys = "recipe keys to override"
+    parser.add_argument("values", nargs="*", default=[], metavar="key=value", help=keys)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--part", metavar="i/n", help="part i of n of the scan, then of the write")
     kind.add_argument("--merge", action="store_true", help="join the parts of a pass")

@@ -5,6 +5,7 @@
       ShardError       a shard is missing, corrupt, or was made by another recipe
       SampleError      one conversation or image cannot be used (carries its id)
       CheckpointError  incomplete, or does not fit this run
+      Diverged         a run did all its steps, and its loss rose far above where it began
       Stopped          no mistake: the run was asked to stop, and has saved
 
 A message is one sentence: what, the value seen, where, and what to do. Commands turn these errors
@@ -37,6 +38,14 @@ class SampleError(Phi3VError):
 
 class CheckpointError(Phi3VError):
     """A checkpoint is incomplete or does not fit the run."""
+
+
+class Diverged(Phi3VError):
+    """A run did all its steps, and its loss ended far above where it began.
+
+    All is written, and yet the exit code is not 0: what comes next in a script, to evaluate, export
+    or publish the model, would take it for one that has learnt.
+    """
 
 
 class Stopped(Phi3VError):

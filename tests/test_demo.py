@@ -70,3 +70,22 @@ def test_a_mistake_in_an_override_ends_the_demo_with_its_line(tmp_path: Path) ->
     assert "unknown key 'data.max_token'" in message
     assert "did you mean 'data.max_tokens'?" in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["demo.py", "--help"], "usage: demo.py [-h] [key=value ...]"),
+        (["prepare.py"], "error: the following arguments are required: recipe\n"),
+        (["evaluate.py", "--shards", "x"], "error: the following arguments are required: MODEL\n"),
+    ],
+)
+def test_a_command_says_what_it_takes_and_calls_no_override_required(
+    command: list[str], told: str, tmp_path: Path
+) -> None:
+    name, *arguments = command
+    done = run(sys.executable, LAUNCH / name, *arguments, cwd=tmp_path)
+    assert told in done.stdout + done.stderr
+    assert done.returncode == (0 if "--help" in arguments else 2)
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@
 Imports neither torch nor DeepSpeed.
 """
 
-from phi3v.config.check import check
+from phi3v.config.check import check, check_warmup, is_smoke_run
 from phi3v.config.dataset import DatasetConfig
 from phi3v.config.deepspeed import DeepSpeedConfig, default_deepspeed, load_deepspeed
 from phi3v.config.load import (
@@ -29,10 +29,12 @@ __all__ = [
     "RunConfig",
     "build_recipe",
     "check",
+    "check_warmup",
     "deepspeed_overrides",
     "default_deepspeed",
     "differing_keys",
     "dump_yaml",
+    "is_smoke_run",
     "load_deepspeed",
     "load_recipe",
     "to_dict",

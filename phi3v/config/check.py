@@ -1,6 +1,7 @@
 """What no section can check alone: a recipe against itself, and against the DeepSpeed JSON.
 
     check(cfg, ds)
+    check_warmup(cfg, total_steps)    # when the data has told how long the run is
 
 Metrics and their pattern are checked by `phi3v.evaluation.metrics`, which alone knows them.
 """
@@ -21,6 +22,30 @@ def check(cfg: RunConfig, ds: DeepSpeedConfig) -> None:
     _check_offload(cfg)
     _check_decay(cfg, ds)
     _check_best(cfg)
+
+
+SMOKE_STEPS = 20
+"""A run of so many steps at most, set by train.max_steps, is there to see that everything works:
+nothing is said about its length, and its warm-up may be longer."""
+
+
+def is_smoke_run(cfg: RunConfig) -> bool:
+    """Whether a run is but to see that everything works; an epoch of few steps is none."""
+    return cfg.train.max_steps is not None and cfg.train.max_steps <= SMOKE_STEPS
+
+
+def check_warmup(cfg: RunConfig, total_steps: int) -> None:
+    """Refuse a warm-up that is as long as the run: no step would have the learning rate.
+
+    Raises: ConfigError naming both lengths.
+    """
+    warmup = cfg.optim.warmup(total_steps)
+    if warmup and warmup >= total_steps and not is_smoke_run(cfg):
+        raise ConfigError(
+            f"optim.warmup_steps is {warmup:,} and the whole run has {total_steps:,} "
+            f"step{'s' if total_steps > 1 else ''}, so that none would have the learning rate; set "
+            "optim.warmup_steps=null optim.warmup_ratio=0.03, or train longer"
+        )
 
 
 def _check_freeze(cfg: RunConfig) -> None:

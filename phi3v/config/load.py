@@ -3,14 +3,17 @@
     cfg = load_recipe(RunConfig, Path("launch/recipes/demo.yaml"), ["train.max_steps=20"])
 
 Defaults give way to the file, the file to the overrides. What the schema does not know, or knows
-as another type, is refused by its full dotted key. Two traps of YAML are met here: PyYAML follows
-YAML 1.1, which reads `2e-5` as a text (accepted where a float is due), and it lets the second of
-two equal keys win silently (refused).
+as another type, is refused by its full dotted key; all that is wrong is told at once. Two traps of
+YAML are met here: PyYAML follows YAML 1.1, which reads `2e-5` as a text (accepted where a float is
+due), and it lets the second of two equal keys win silently (refused).
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import reduce
@@ -22,11 +25,19 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from phi3v.config.dataset import DatasetConfig
+from phi3v.config.keys import SECTIONS
 from phi3v.config.names import nearest
 from phi3v.config.schema import EvaluationConfig, RunConfig
 from phi3v.errors import ConfigError
 
 Recipe = TypeVar("Recipe", RunConfig, DatasetConfig, EvaluationConfig)
+
+BATCH_KEYS = (
+    *("batch_size", "train_batch_size", "global_batch_size", "micro_batch_size", "batch"),
+    *("per_device_train_batch_size", "train_micro_batch_size_per_gpu"),
+    *("gradient_accumulation_steps", "accumulation_steps", "grad_accum"),
+)
+"""Names that other programs give to the batch and its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +53,43 @@ class _Origin:
     overrides: dict[str, str]
     """Overrides as they were given, by their key."""
 
-    def of(self, key: str) -> str:
-        """Name the place that set `key`: the last override of it or its section, or the file."""
+    def override_of(self, key: str) -> str | None:
+        """The last override of `key` or its section, None if the file alone sets it."""
         for overridden, text in reversed(self.overrides.items()):
             if f"{key}.".startswith((f"{overridden}.", f"{overridden}[")):
-                return f"override {text!r}"
-        return str(self.file)
+                return text
+        return None
 
-    def of_section(self, prefix: str) -> str:
-        """Name all that set a section's values: "demo.yaml with optim.lr=-1"."""
-        texts = [text for key, text in self.overrides.items() if key.startswith(prefix)]
-        return f"{self.file} with {', '.join(texts)}" if texts else str(self.file)
+    def of(self, key: str) -> str:
+        """Name the place that set `key`: an override, or the file."""
+        text = self.override_of(key)
+        return str(self.file) if text is None else f"override {text!r}"
+
+    def of_fault(self, fault: str, cls: type, prefix: str) -> str:
+        """Name the places of all keys that a section's fault is about.
+
+        They are named before its first semicolon; what stands behind it is advice.
+        """
+        about = fault.partition(";")[0]
+        keys = [prefix + field.name for field in fields(cls)]
+        named = [key for key in keys if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", about)]
+        return " and ".join(dict.fromkeys(map(self.of, named or [prefix.rstrip(".")])))
+
+
+class _Faults(ConfigError):
+    """All that is wrong with a section and those in it, one message each."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__(_told(messages))
+        self.messages = messages
+
+
+def _told(messages: Sequence[str]) -> str:
+    """Several faults in the one line that a command ends with."""
+    if len(messages) == 1:
+        return messages[0]
+    numbered = (f"({number}) {message}" for number, message in enumerate(messages, 1))
+    return f"{len(messages)} mistakes: {' '.join(numbered)}"
 
 
 def load_recipe(cls: type[Recipe], path: Path, overrides: Sequence[str]) -> Recipe:
@@ -74,7 +111,10 @@ def build_recipe(
     for (key, value), text in zip(parsed, overrides, strict=True):
         tree = _with(tree, key, value, text)
     texts = {key: text for (key, _), text in zip(parsed, overrides, strict=True)}
-    recipe: Recipe = _build(cls, tree, "", _Origin(root=cls, file=path, overrides=texts))
+    try:
+        recipe: Recipe = _build(cls, tree, "", _Origin(root=cls, file=path, overrides=texts))
+    except _Faults as faults:
+        raise ConfigError(str(faults)) from None  # a command's line begins with the class's name
     return recipe
 
 
@@ -176,8 +216,18 @@ def _parse_override(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(
-            f"the value of override {text!r} is not valid YAML: {_problem(error)}; put it in quotes"
+            f"the value of override {text!r} is not valid YAML: {_problem(error)}; if a text is "
+            f"meant, write {_quoted(text)}"
         ) from None
+
+
+def _quoted(override: str) -> str:
+    """An override whose value is a text, as a shell takes it: the shell eats a pair of quotes.
+
+    wandb.name=42 -> 'wandb.name="42"'
+    """
+    key, _, value = override.partition("=")
+    return shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
 
 
 def _with(tree: Mapping[str, Any], key: str, value: Any, text: str) -> dict[str, Any]:
@@ -192,32 +242,57 @@ def _with(tree: Mapping[str, Any], key: str, value: Any, text: str) -> dict[str,
 
 
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, origin: _Origin) -> Any:
-    """Build one section, and the sections in it, from its part of the tree."""
+    """Build one section, and the sections in it, from its part of the tree.
+
+    Raises: _Faults with every unknown or missing key and every wrong type; where there are none,
+    with the first value that the section itself refuses.
+    """
     hints = get_type_hints(cls)
-    for name in tree:
-        if name not in hints:
-            raise _unknown_key(str(name), prefix, list(hints), origin)
+    strange = [str(name) for name in tree if name not in hints]
+    faults = [_unknown_key(name, prefix, list(hints), origin) for name in strange]
     values = {}
     for field in fields(cls):
         key, kind = prefix + field.name, hints[field.name]
         if field.name in tree or is_dataclass(kind):
-            values[field.name] = _cast(tree.get(field.name), kind, key, origin)
+            try:
+                values[field.name] = _cast(tree.get(field.name), kind, key, origin)
+            except ConfigError as error:
+                faults += error.messages if isinstance(error, _Faults) else [str(error)]
         elif field.default is MISSING:
-            raise ConfigError(
-                f"missing key {key!r} in {origin.file}; write it there or add {key}=VALUE"
-            )
+            place = origin.of(key)
+            faults.append(f"missing key {key!r} in {place}; write it there or add {key}=VALUE")
+    if faults:
+        raise _Faults(faults)
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(f"{error} (in {origin.of_section(prefix)})") from None
+        place = origin.of_fault(str(error), cls, prefix)
+        raise _Faults([f"{error} (in {place})"]) from None
 
 
-def _unknown_key(name: str, prefix: str, names: list[str], origin: _Origin) -> ConfigError:
-    """Explain an unknown key: the same name in another section, or a similar one in this."""
+def _unknown_key(name: str, prefix: str, names: list[str], origin: _Origin) -> str:
+    """Explain an unknown key: whose it is, the same name in another section, or a similar one."""
     key = prefix + name
     moved = [other for other in _value_keys(origin.root, "") if other.endswith(f".{name}")]
     hint = f"did you mean {moved[0]!r}?" if moved else nearest(name, names, prefix)
-    return ConfigError(f"unknown key {key!r} in {origin.of(key)}; {hint}")
+    if origin.root is RunConfig and not moved:
+        hint = _deepspeeds(name, prefix) or hint
+    return f"unknown key {key!r} in {origin.of(key)}; {hint}"
+
+
+def _deepspeeds(name: str, prefix: str) -> str | None:
+    """Where to set what the DeepSpeed JSON owns, None for what it does not."""
+    if prefix not in ("", "train.", "data.", "optim."):
+        return None
+    if name in BATCH_KEYS:
+        return (
+            "the DeepSpeed JSON owns the batch, in packs over all ranks: set "
+            "deepspeed.train_batch_size=N on the command line; data.max_tokens is the size of a "
+            "pack, and accumulation follows from the number of ranks"
+        )
+    if name in SECTIONS[""]:
+        return f"the DeepSpeed JSON owns it: set it there, or deepspeed.{name} on the command line"
+    return None
 
 
 def _value_keys(cls: type, prefix: str) -> Iterator[str]:
@@ -291,9 +366,15 @@ def _cast_float(value: Any, key: str, origin: _Origin) -> float:
 
 
 def _wrong_type(value: Any, expected: str, key: str, origin: _Origin) -> ConfigError:
-    hint = "; put it in quotes" if expected == "str" and value is not None else ""
-    place = origin.of(key)
-    return ConfigError(f"{key} must be {expected}, got {_show(value)} in {place}{hint}")
+    hint, text = "", origin.override_of(key)
+    if expected == "str" and value is not None and not isinstance(value, list):
+        if text is None:
+            hint = "; put it in quotes"
+        elif text.startswith(f"{key}="):
+            hint = f"; write {_quoted(text)}"
+        else:  # in [...] or {...}
+            hint = "; put it in double quotes, and the whole override in single ones"
+    return ConfigError(f"{key} must be {expected}, got {_show(value)} in {origin.of(key)}{hint}")
 
 
 def _show(value: Any) -> str:

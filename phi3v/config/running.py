@@ -30,7 +30,7 @@ class TrainSection:
 
     def __post_init__(self) -> None:
         if (self.max_steps is None) == (self.epochs is None):
-            both = f"both, {self.max_steps} and {self.epochs}"
+            both = f"both, {self.max_steps} and {self.epochs}; set the other to null"
             raise ConfigError(
                 "exactly one of train.max_steps and train.epochs must be set, got "
                 f"{'neither' if self.epochs is None else both}"

@@ -10,6 +10,7 @@ A section's key is written with dots everywhere a user meets it: `optim.lr`, `tr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -211,8 +212,12 @@ class OptimSection:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rates from the end of the warmup to the last step."""
 
-    warmup_steps: int = 0
-    """Steps over which the learning rates rise from 0 to their peaks."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rates rise from 0 to their peaks; default 0. Either this or
+    `warmup_ratio`."""
+
+    warmup_ratio: float | None = None
+    """The same as a share of the run's steps, from 0 to below 1: it fits runs of any length."""
 
     min_lr_ratio: float = 0.0
     """Learning rate at the last step, as a share of the peak; 0 to 1."""
@@ -226,7 +231,17 @@ class OptimSection:
             0,
             optim__weight_decay=self.weight_decay,
             optim__warmup_steps=self.warmup_steps,
+            optim__warmup_ratio=self.warmup_ratio,
         )
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError(
+                "only one of optim.warmup_steps and optim.warmup_ratio may be set, got both, "
+                f"{self.warmup_steps} and {self.warmup_ratio}; set the other to null"
+            )
+        if self.warmup_ratio is not None and self.warmup_ratio >= 1:
+            raise ConfigError(
+                f"optim.warmup_ratio must be a share from 0 to below 1, got {self.warmup_ratio!r}"
+            )
         if not 0 < self.vision_layer_decay <= 1:
             raise ConfigError(
                 "optim.vision_layer_decay must be a factor above 0 and at most 1, got "
@@ -236,6 +251,15 @@ class OptimSection:
             raise ConfigError(
                 f"optim.min_lr_ratio must be a share from 0 to 1, got {self.min_lr_ratio!r}"
             )
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of the warm-up of a run; by a ratio it is rounded up and shorter than the run.
+
+        Source: transformers TrainingArguments.get_warmup_steps rounds up as well.
+        """
+        if self.warmup_ratio is None:
+            return self.warmup_steps or 0
+        return min(math.ceil(self.warmup_ratio * total_steps), total_steps - 1)
 
     def peak_lr(self, module: Module) -> float:
         """Give the peak learning rate of one module: its own, or `lr`."""

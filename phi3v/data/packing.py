@@ -61,6 +61,16 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """What one pass over the samples is: `fill` is the share of the budget that binds."""
+
+    samples: int
+    packs: int
+    steps: int
+    fill: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """The sequence of steps of a dataset.
 
@@ -110,6 +120,16 @@ class Plan:
             for epoch in range(epochs)
             for _, packs, _ in self._windows(epoch)
         )
+
+    def first_epoch(self) -> Epoch:
+        """What the first pass is; packs it, about a second for a million samples."""
+        samples, steps = self._samples(0), self.count(epochs=1)
+        packs = steps * self.packs_per_step
+        filled = max(
+            self.tokens[samples].sum() / self.budget.max_tokens,
+            self.views[samples].sum() / self.budget.max_views,
+        )
+        return Epoch(len(samples), packs, steps, float(filled / max(1, packs)))
 
     def first_too_large(self) -> int | None:
         """The first sample that no pack can hold, if there is one."""

@@ -114,6 +114,7 @@ def evaluate(
     loss_rows, unanswered = sum(loss.rows for loss in losses), len(rows) - len(outcomes)
     if rank == 0:
         _tell_cut(name, settings, len(rows), unanswered, len(dataset), loss_rows)
+        _tell_doubtful(settings, outcomes)
     return Evaluation(scores, mean_loss(losses), outcomes, dataset, loss_rows, unanswered)
 
 
@@ -162,6 +163,24 @@ def _tell_cut(
         f"{wanted:,}; raise it, or lower eval.rows and eval.loss_rows",
         file=sys.stderr,
     )
+
+
+def _tell_doubtful(settings: EvalSection, outcomes: Sequence[Outcome]) -> None:
+    """Say how a number is read that elsewhere would be a thousand times as much, if there is one.
+
+    Only true answers count: what a model says is read in the same way.
+    """
+    pattern = pattern_of(settings)
+    if pattern is None:
+        return
+    found = [number for o in outcomes if (number := pattern.doubtful_number(o.reference))]
+    if found:
+        print(
+            f"{len(found):,} of {len(outcomes):,} true answers have a number like {found[0]}, read "
+            f"as {float(found[0]):g}, for a point begins the decimals; where it groups thousands, "
+            f"write {found[0].replace('.', '')} in the data",
+            file=sys.stderr,
+        )
 
 
 def _goodness(outcome: Outcome) -> tuple[float, ...]:

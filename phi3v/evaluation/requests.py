@@ -21,7 +21,7 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.ask import Asker, file_fault, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
 from phi3v.files import replacing
-from phi3v.processing.keys import FORMATS, as_list, check_keys, pictures_of
+from phi3v.processing.keys import FORMATS, PICTURES, as_list, check_keys, pictures_of
 from phi3v.processing.prompt import Message
 from phi3v.progress import progress
 
@@ -164,7 +164,8 @@ def _chat(
 
 def _advice(values: Mapping[str, Any]) -> str:
     """What a key of a row that asks nothing may have meant, or the keys that it has."""
+    others = [key for key in values if key not in (*ASKING, *PICTURES)]
     for wanted in ASKING:
-        if close := get_close_matches(wanted, [key for key in values if key != wanted], n=1):
+        if close := get_close_matches(wanted, others, n=1):
             return f"it has {close[0]!r}: did you mean {wanted!r}?"
-    return f"its keys are {', '.join(values) or 'none'}"
+    return f"its keys are {', '.join(values) or 'none'}; write what is asked as its 'prompt'"

@@ -4,6 +4,7 @@ from phi3v.export.folder import export
 from phi3v.export.opening import (
     base_of,
     check_shards,
+    check_step,
     evaluation_settings,
     open_any,
     open_processor,
@@ -14,6 +15,7 @@ from phi3v.export.opening import (
 __all__ = [
     "base_of",
     "check_shards",
+    "check_step",
     "evaluation_settings",
     "export",
     "open_any",

@@ -22,6 +22,7 @@ from phi3v.model.weights import load_weights
 from phi3v.pictures import PictureSettings, Prepared, choose, prepared
 from phi3v.processing import Phi3VProcessor
 from phi3v.training.checkpoints.reading import open_weights
+from phi3v.training.checkpoints.store import find_step, named_step
 from phi3v.training.run_folder import CONFIG, DATA, RunFolder
 
 
@@ -135,15 +136,35 @@ def check_shards(model: str, dataset: Dataset) -> None:
         )
 
 
-def open_any(model: str, settings: EvalSection) -> Generator:
-    """Open a run's newest checkpoint, or a Hugging Face folder or hub name."""
+def check_step(models: Sequence[str], step: str | None) -> dict[str, int | None]:
+    """The step of each model's checkpoint that --step names, None for the newest or no run.
+
+    Raises: ConfigError if --step is given and no model is a run; CheckpointError if a run has no
+    whole checkpoint of it.
+    """
+    runs = [model for model in models if _is_run(Path(model))]
+    if step is not None and not runs:
+        raise ConfigError(
+            f"--step {step} is for run folders, and {models[0]} is none; leave it out, or name the "
+            "run"
+        )
+    steps: dict[str, int | None] = dict.fromkeys(models)
+    for run in runs:
+        checkpoints = RunFolder(Path(run)).checkpoints
+        steps[run] = named_step(checkpoints, step)
+        find_step(checkpoints, steps[run])
+    return steps
+
+
+def open_any(model: str, settings: EvalSection, step: int | None = None) -> Generator:
+    """Open a run's checkpoint, the newest or of a step, or a Hugging Face folder or hub name."""
     if _is_run(Path(model)):
-        return open_run(Path(model), settings.max_new_tokens, settings.batch_rows)
+        return open_run(Path(model), settings.max_new_tokens, settings.batch_rows, step)
     return open_model(model, settings.max_new_tokens, settings.batch_rows)
 
 
-def open_run(run: Path, max_new_tokens: int, batch_rows: int) -> Generator:
-    """The newest checkpoint of a run, whole on the device there is, ready to answer.
+def open_run(run: Path, max_new_tokens: int, batch_rows: int, step: int | None = None) -> Generator:
+    """A checkpoint of a run, whole on the device there is, ready to answer; default: the newest.
 
     Raises: ConfigError if it is no run folder; CheckpointError if it has no checkpoint, or a
     damaged one.
@@ -153,7 +174,7 @@ def open_run(run: Path, max_new_tokens: int, batch_rows: int) -> Generator:
     config = Phi3VConfig.from_pretrained(cfg.model.path)
     with torch.device("meta"):
         model = Phi3VForCausalLM(config)
-    weights = open_weights(RunFolder(run).checkpoints)
+    weights = open_weights(RunFolder(run).checkpoints, step)
     load_weights(model, weights, config.dtype or torch.float32)
     return as_generator(model, processor, max_new_tokens, batch_rows)
 

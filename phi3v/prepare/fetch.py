@@ -14,15 +14,17 @@ its content or its address, and one whose digest differs is fetched again.
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from phi3v.config.dataset import FetchSection
-from phi3v.errors import SampleError
+from phi3v.errors import ConfigError, SampleError
 from phi3v.prepare.web import Client, shown_url
 
 
@@ -113,6 +115,36 @@ class ImageCache:
     def _address(self, url: str) -> Path:
         name = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
         return self.folder / "urls" / name[:2] / f"{name}.json"
+
+
+@contextmanager
+def local_images(
+    places: Sequence[str], is_allowed: Callable[[str], bool] | None = None
+) -> Iterator[list[Path]]:
+    """Files of pictures, those at http(s) addresses fetched; what was fetched is removed behind.
+
+    is_allowed  as of `ImageCache`
+
+    Raises: ConfigError if one cannot be fetched.
+    """
+    with TemporaryDirectory(prefix="phi3v-") as folder:
+        client: Client | None = None
+        paths = []
+        for number, place in enumerate(places):
+            if not place.lower().startswith(("http://", "https://")):
+                paths.append(Path(place))
+                continue
+            client = client or Client(FetchSection(), is_allowed)
+            try:
+                data, _ = client.fetch(place)
+            except SampleError as error:
+                reason = str(error).partition("; ")[0]  # what follows is advice for a recipe
+                raise ConfigError(
+                    f"--image: {reason}; name another, or download it and name the file"
+                ) from error
+            paths.append(Path(folder, str(number)))
+            paths[-1].write_bytes(data)
+        yield paths
 
 
 def _size(path: Path) -> int:

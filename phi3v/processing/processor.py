@@ -36,6 +36,7 @@ from phi3v.processing.prompt import encode
 from phi3v.views import ViewSettings
 
 PUBLISHED_IMAGE_SIZE, PUBLISHED_PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
+RUN_CONFIG = "config.yaml"  # what every run folder has, and no model folder
 HUB_SECONDS = 10.0  # that the hub may take to say whether it has a model
 TAGS = 1000  # of images that `img_tokens` lists; the published one has a million
 
@@ -246,6 +247,11 @@ def model_file(model: str, name: str) -> Path:
         file, reason = cached_file(model, name), None
     except OSError as error:
         file, reason = None, error
+    if file is None and Path(model, RUN_CONFIG).is_file():
+        raise ConfigError(
+            f"model {model} is the folder of a run, not of a model; export what it has learnt: "
+            f"python launch/export.py {model} --out DIR, and name that DIR"
+        )
     if file is None:  # what transformers gives for a missing config.json
         raise ConfigError(
             f"model {model} has no {name}; name a model folder such as models/tiny, or a hub model"
@@ -296,8 +302,9 @@ def _check_model(model: str) -> None:
 
 def _no_model(model: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"there is no folder {model}, and {reason}; name a model folder such as models/tiny, or a "
-        "hub model"
+        f"there is no folder {model}, and {reason}; name a model folder or a hub model such as "
+        f"microsoft/Phi-3.5-vision-instruct, or make a tiny one there: python launch/tiny_model.py "
+        f"{model}"
     )
 
 

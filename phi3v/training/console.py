@@ -75,7 +75,9 @@ def describe_evaluation(
     seen = {name: score for name, score in metrics.items() if not name.startswith(BLIND)}
     shown = list(seen)[:MOST_METRICS]
     scores = (_describe_score(name, seen[name], metrics.get(BLIND + name)) for name in shown)
-    return ", ".join([f"evaluation at step {step}: loss {loss_value(loss)}", *scores])
+    more = len(seen) - len(shown)
+    rest = [f"{more} more in evaluations.jsonl"] if more > 0 else []
+    return ", ".join([f"evaluation at step {step}: loss {loss_value(loss)}", *scores, *rest])
 
 
 def _describe_score(name: str, score: Mapping[str, Any], blind: Mapping[str, Any] | None) -> str:

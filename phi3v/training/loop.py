@@ -36,6 +36,7 @@ from phi3v.training.opening import Run, open_run
 from phi3v.training.optimizer import learning_rates
 from phi3v.training.profile import profiled
 from phi3v.training.ranks import Ranks
+from phi3v.training.results import check_diverged
 from phi3v.training.session import (
     Session,
     finish,
@@ -67,12 +68,14 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests)
     """Train to the end, going on where an unfinished run stopped; all ranks call.
 
     Raises: ConfigError, ShardError or CheckpointError before the first step if anything does not
-    fit together; Stopped after saving if it was asked to stop.
+    fit together; Stopped after saving if it was asked to stop; Diverged on the first rank, when
+    everything is written, if the loss ended far above where it began.
     """
     run = open_run(cfg, ds, ranks)
     if _is_finished(run):
         if ranks.is_first:
-            print(f"{run.folder.path} is finished: {run.total_steps} steps; see summary.json")
+            print(describe_finished(run))
+            check_diverged(run.folder)
         return
     stop.watch(run.folder.path, cfg.train.stop_after)
     timeouts = cfg.train.hang_timeout, max(cfg.train.hang_timeout, cfg.train.start_timeout)
@@ -90,6 +93,7 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests)
             zero.leave_together()
     if lock:
         lock.close()
+        check_diverged(run.folder)
 
 
 def run_steps(session: Session, done: Progress) -> Progress:
@@ -277,6 +281,15 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
         forget_later_steps(run, back, dict(choice.manifest))
         session.tracker.forget_after(back.step)
     return back
+
+
+def describe_finished(run: Run) -> str:
+    """That there is nothing left to train, and what to type for what may be meant."""
+    steps = (run.folder.read_summary() or {})["steps"]
+    line = f"{run.folder.path} is finished: {steps:,} steps"
+    if steps > run.total_steps:
+        line += f", more than the {run.total_steps:,} that are asked for (name another run.out)"
+    return f"{line}; see summary.json, or ask its model by launch/evaluate.py"
 
 
 def _is_finished(run: Run) -> bool:

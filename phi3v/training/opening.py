@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from phi3v.config import DeepSpeedConfig, RunConfig, to_dict
+from phi3v.config import DeepSpeedConfig, RunConfig, check_warmup, is_smoke_run, to_dict
 from phi3v.data import Dataset
 from phi3v.data.audit import canvas_sizes
 from phi3v.data.mixture import SIZES, Mixture, open_datasets
@@ -31,6 +31,8 @@ from phi3v.training.optimizer import freeze
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder, package_versions
 from phi3v.training.tracking import check_sinks
+
+FEW_STEPS = 100  # a run of fewer hardly learns, unless it is there to see that everything works
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     if steps is None:
         assert cfg.train.epochs is not None
         steps = plan.count(cfg.train.epochs)
+    check_warmup(cfg, steps)
     device = take_device(ranks.local_rank, ranks.local_size)
     execution = choose_execution(cfg.model, device, dtype_of(ds))
     if execution.eager_because and ranks.local_rank == 0:
@@ -103,6 +106,32 @@ def plan_steps(cfg: RunConfig, ds: DeepSpeedConfig, dataset: Dataset | Mixture) 
         cfg.data.window_steps,
         dataset.parts,
     )
+
+
+def describe_length(run: Run) -> str:
+    """How long the run is and why, in one line, and what makes it longer if it is short."""
+    cfg, total = run.cfg, run.total_steps
+    if cfg.debug.overfit_one_pack:
+        return f"{total:,} steps on the first pack alone (debug.overfit_one_pack)"
+    epoch = run.plan.first_epoch()
+    line = (
+        f"{epoch.samples:,} samples in {epoch.packs:,} packs, {epoch.fill:.0%} full; "
+        f"{epoch.steps:,} steps an epoch of {run.ds.train_batch_size:,} packs each, {total:,} "
+        "steps in all"
+    )
+    if total >= FEW_STEPS or is_smoke_run(cfg):
+        return line
+    if cfg.train.epochs is None:
+        return f"{line}: few to learn from, raise train.max_steps"
+    smaller = run.ds.world_size * max(
+        1, epoch.packs * cfg.train.epochs // FEW_STEPS // run.ds.world_size
+    )
+    if smaller < run.ds.train_batch_size:
+        more = -(-epoch.packs // smaller) * cfg.train.epochs
+        way = f"deepspeed.train_batch_size={smaller} makes about {more:,} of them, or "
+    else:
+        way = ""
+    return f"{line}: few to learn from; {way}raise train.epochs, or train on more rows"
 
 
 def load_model(cfg: RunConfig, ds: DeepSpeedConfig) -> Phi3VForCausalLM:

@@ -90,12 +90,13 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 def lr_factor(step: int, total_steps: int, cfg: RunConfig) -> float:
     """The learning rate of step 1, 2, ... as a share of the peak.
 
-    Rises in a line over `warmup_steps`, then falls to `min_lr_ratio` at the last step.
+    Rises in a line over the warm-up, then falls to `min_lr_ratio` at the last step.
     """
     optim = cfg.optim
-    if step <= optim.warmup_steps:
-        return step / optim.warmup_steps
-    done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    warmup = optim.warmup(total_steps)
+    if step <= warmup:
+        return step / warmup
+    done = (step - warmup) / max(1, total_steps - warmup)
     shapes = {
         "constant": 1.0,
         "linear": 1 - done,

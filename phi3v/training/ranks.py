@@ -269,7 +269,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _leave_stopped(stopped: Stopped) -> NoReturn:
     """Leave with all ranks: the launcher sends SIGTERM to the others once one has left."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if _rank() == "0":
         print(stopped, file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from phi3v.config import RunConfig
-from phi3v.errors import CheckpointError
+from phi3v.errors import CheckpointError, Diverged
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.metrics import is_lower_better
 from phi3v.evaluation.report import Report, Saved, write_report
@@ -25,15 +25,26 @@ from phi3v.training.checkpoints.store import (
 from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT, RunFolder
 
 PREDICTIONS = "predictions.jsonl"
+# A loss that does not fall stays near that of the first step, which the weights as they were gave.
+LAST_STEPS = 20  # that tell where a run ended; of a short run the last half
+NEEDED = 4  # steps, before anything can be said
+ABOVE = 0.5  # of the first loss, by which a loss is far above it
+AT_LEAST = 0.1  # nats, likewise: 0.02 after 0.01 is no divergence
+SHARE = 0.9  # of the last losses that are far above: where batches differ much, some are
 
 
 def write_results(
     folder: RunFolder, cfg: RunConfig, evaluation: Evaluation | None, step: int, is_finished: bool
-) -> None:
-    """Write summary, answers and report of a run as it stands, and say what was found."""
+) -> str | None:
+    """Write summary, answers and report of a run as it stands, and say what was found.
+
+    Returns how the run diverged, None if it did not.
+    """
     steps = folder.read_metrics()
+    diverged = divergence(steps)
     summary = {
         "is_finished": is_finished,
+        "diverged": diverged,
         "steps": step,
         "totals": totals(steps),
         "throughput": throughput(steps),
@@ -61,6 +72,40 @@ def write_results(
     )
     write_report(folder.path / REPORT, report)
     folder.write_summary(summary)  # last: it may say that the run is finished
+    return diverged
+
+
+def divergence(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """How far the loss ended above where it began, in words; None if it did not diverge.
+
+    steps  lines of metrics.jsonl
+
+    The loss of the first step is that of the weights as they were. A run has diverged if SHARE of
+    its last LAST_STEPS losses are above it by half of it, and by AT_LEAST.
+    """
+    losses = np.array([step["loss"] for step in steps if not step.get("skipped")], dtype=float)
+    losses = losses[np.isfinite(losses)]
+    if len(losses) < NEEDED:
+        return None
+    last = losses[-min(LAST_STEPS, len(losses) // 2) :]
+    first, end = float(losses[0]), float(np.median(last))
+    if np.mean(last > first + max(ABOVE * abs(first), AT_LEAST)) < SHARE:
+        return None
+    return f"the loss was {first:.3f} at first, and {end:.3f} over the last {len(last)} steps"
+
+
+def check_diverged(folder: RunFolder) -> None:
+    """Refuse to call a run finished, once all is written, whose loss rose.
+
+    Raises: Diverged
+    """
+    found = (folder.read_summary() or {}).get("diverged")
+    if found:
+        raise Diverged(
+            f"{folder.path} diverged: {found}; its weights are worse than those it started from. "
+            "Lower optim.lr, or warm up longer (optim.warmup_ratio), in another run.out; see "
+            f"{folder.path / REPORT}"
+        )
 
 
 def saved(folder: RunFolder) -> list[Saved]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import time
@@ -118,21 +119,28 @@ class RunFolder:
     def check_recipe(self, cfg: RunConfig, ds: DeepSpeedConfig) -> None:
         """Refuse to go on with another recipe than the run was started with.
 
-        Raises: ConfigError naming the keys that differ.
+        Raises: ConfigError naming the keys that differ, and both values of each.
         """
         if not (self.path / CONFIG).is_file():
             return
         before = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        keys = differing_keys(before, to_dict(cfg))
+        now = to_dict(cfg)
+        keys = differing_keys(_meant(before), _meant(now))
         different = [key for key in keys if not key.startswith(CHANGEABLE)]
         if "model.path" in different and self._is_same_model(before, cfg):
             different.remove("model.path")
         before_ds = json.loads((self.path / DEEPSPEED).read_text(encoding="utf-8"))
-        different += [f"{ds.path.name}: {key}" for key in differing_keys(before_ds, ds.json)]
-        if different:
+        changes = [_change(key, before, now) for key in different]
+        changes += [
+            f"{ds.path.name}: {_change(key, before_ds, ds.json)}"
+            for key in differing_keys(before_ds, ds.json)
+        ]
+        if changes:
             raise ConfigError(
-                f"run.out {self.path} was started with another recipe: {', '.join(different)} "
-                "differ; name another run.out, or take the values back"
+                f"run.out {self.path} was started with another recipe: {', '.join(changes)}; take "
+                "the values back, or name another run.out; to train on from what this run has "
+                f"learnt: python launch/export.py {self.path} --out DIR, then model.path=DIR in "
+                "another run.out"
             )
 
     def _is_same_model(self, before: Mapping[str, Any], cfg: RunConfig) -> bool:
@@ -229,6 +237,29 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / SUMMARY, summary)
+
+
+def _meant(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe in which what says the same is the same: no warm-up is one of 0 steps."""
+    optim = dict(recipe.get("optim") or {})
+    optim["warmup_steps"] = optim.get("warmup_steps") or None
+    return {**recipe, "optim": optim}
+
+
+def _change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What was made of the value at a dotted key: "optim.lr was 0.001 and is 0.003"."""
+    was, is_now = (json.dumps(_value(tree, key)) for tree in (before, now))
+    return f"{key} was {was} and is {is_now}"
+
+
+def _value(tree: Any, key: str) -> Any:
+    """The value at a dotted key, data.shards[0].path too; None where there is none."""
+    for name in re.findall(r"[^.[\]]+", key):
+        if isinstance(tree, list):
+            tree = tree[int(name)] if int(name) < len(tree) else None
+        else:
+            tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _this_process() -> str:

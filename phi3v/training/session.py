@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from phi3v.config import to_dict
 from phi3v.data.mixture import open_datasets
-from phi3v.errors import CheckpointError, Stopped
+from phi3v.errors import CheckpointError, ConfigError, Stopped
 from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate
 from phi3v.evaluation.generation import Generator
 from phi3v.model import Phi3VForCausalLM
@@ -22,10 +22,10 @@ from phi3v.training.checkpoints.saving import Progress, Saver
 from phi3v.training.checkpoints.store import BEST, LATEST, read_pointer
 from phi3v.training.console import say
 from phi3v.training.meeting import Turn
-from phi3v.training.opening import Run, describe_data, dtype_of, load_model
+from phi3v.training.opening import Run, describe_data, describe_length, dtype_of, load_model
 from phi3v.training.optimizer import parameter_groups
 from phi3v.training.results import best_scores, write_results
-from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT, REPORT
+from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT
 from phi3v.training.stopping import StopRequests
 from phi3v.training.tracking import Tracker, open_tracker
 from phi3v.training.tracking.sinks import Histogram
@@ -53,6 +53,7 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     np.random.seed(cfg.run.seed)
     torch.manual_seed(cfg.run.seed)
     choice = choose(folder.checkpoints, ranks, watchdog.beat)
+    check_length(run, choice.step if choice else 0)
     before = dict(choice.manifest) if choice else {}
     check_data(run, before)
     watchdog.beat()
@@ -63,6 +64,7 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     watchdog.beat()
     done = restore(engine, choice, ranks)
     if ranks.is_first:
+        tell_start(run, done.step)
         print(run.execution, file=sys.stderr)
         data = describe_data(run.dataset)
         folder.write_origin(cfg, run.ds, data, ranks.world_size, asdict(run.execution))
@@ -82,6 +84,31 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     saver.scores.update(best_scores(folder.read_evaluations(), cfg.checkpoint.best))
     watchdog.beat()
     return Session(run, engine, saver, tracker, stop, watchdog), done
+
+
+def check_length(run: Run, done: int) -> None:
+    """Refuse to shorten a run to fewer steps than it has done.
+
+    Raises: ConfigError naming both.
+    """
+    if done > run.total_steps:
+        asked = "train.max_steps" if run.cfg.train.epochs is None else "train.epochs"
+        raise ConfigError(
+            f"{run.folder.path} has done {done:,} steps, {asked} asks for {run.total_steps:,}; "
+            f"raise it, or name another run.out for a shorter run"
+        )
+
+
+def tell_start(run: Run, done: int) -> None:
+    """Say how long the run is, and with which step a start of it before goes on."""
+    say(describe_length(run))
+    if not (run.folder.path / CONFIG).is_file():
+        return
+    if done == run.total_steps:
+        say(f"{run.folder.path} goes on behind its last step, {done:,}: with its evaluation")
+    else:
+        why = f"after step {done:,}" if done else "for it has no checkpoint"
+        say(f"{run.folder.path} goes on with step {done + 1:,} of {run.total_steps:,}, {why}")
 
 
 def check_data(run: Run, manifest: dict[str, Any]) -> None:
@@ -261,6 +288,7 @@ def report(
         session.tracker.log_evaluation(done.step, *found)
     if is_finished:
         session.saver.tidy()  # before the report, which lists what is kept
-    write_results(run.folder, run.cfg, evaluation, done.step, is_finished)
+    diverged = write_results(run.folder, run.cfg, evaluation, done.step, is_finished)
     if is_finished:
-        say(f"finished after step {done.step}, see {run.folder.path / REPORT}")
+        how = f"diverged ({diverged})" if diverged else "finished"
+        say(f"{how} after step {done.step}, see {run.folder.path / REPORT}")

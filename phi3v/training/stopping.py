@@ -1,7 +1,11 @@
-"""Requests to stop: SIGTERM, SIGUSR1, a file named `stop` in the run folder, a time budget.
+"""Requests to stop: SIGTERM, SIGUSR1, Ctrl-C, a file `stop` in the run folder, a time budget.
 
 The handlers only count. The loop asks for `reason` after each step, lets all ranks agree, saves and
-raises Stopped; a signal that comes while torch or NCCL is at work changes nothing but the count.
+raises Stopped; a signal that comes while torch or NCCL is at work changes nothing but the count. A
+second Ctrl-C ends the process at once, whatever it is at: whole checkpoints stay whole.
+
+Ctrl-C in a terminal goes to the launcher and to all ranks. deepspeed's then sends SIGTERM besides;
+torchrun's ranks hear of it through torchrun alone, which passes a second one on as SIGTERM.
 """
 
 import os
@@ -12,8 +16,10 @@ from types import FrameType
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "stop"
+INTERRUPTED = 130  # exit code of a shell for what Ctrl-C has ended
+STDERR = 2
 
 
 class StopRequests:
@@ -26,7 +32,7 @@ class StopRequests:
         self._deadline = float("inf")  # of time.monotonic()
 
     def listen(self) -> None:
-        """Count SIGTERM and SIGUSR1 from now on; call it early, in the main thread.
+        """Count these signals from now on; call it early, in the main thread.
 
         Children that are forked without a new program get the default actions back, or nobody
         could end a data worker. System calls of libraries go on after a signal (SA_RESTART).
@@ -62,7 +68,16 @@ class StopRequests:
             self._file.unlink(missing_ok=True)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
+        if self._is_second(number):
+            os._exit(INTERRUPTED)
         self._received.append(number)
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            os.write(STDERR, b"\nCtrl-C: the run ends after this step, saved; again: at once\n")
+
+    def _is_second(self, number: int) -> bool:
+        """Whether this is a second Ctrl-C; it is SIGTERM from torchrun, never from deepspeed."""
+        is_passed_on = number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+        return signal.SIGINT in self._received and (number == signal.SIGINT or is_passed_on)
 
     def _unlisten(self) -> None:
         """In a forked child: what still is our handler becomes the default again."""

@@ -196,15 +196,16 @@ def _has_lost_launcher(launchers: list[psutil.Process]) -> bool:
 
 
 def _watch(launchers: list[psutil.Process], signals: int) -> None:
-    is_told = False
+    told: set[int] = set()  # the signals that have come
     bereft: float | None = None  # since when a neighbour is known to be gone
     while True:
-        for process in launchers:
+        if select.select([signals], [], [], POLL_SECONDS)[0]:
+            told.update(os.read(signals, 4096))
+        # Ctrl-C ends `deepspeed` at once; the `launch` below it waits for its ranks to save.
+        for process in launchers[:1] if signal.SIGINT in told else launchers:
             if not _is_alive(process):
                 _end(f"its launcher (process {process.pid}) is gone")
-        if select.select([signals], [], [], POLL_SECONDS)[0]:
-            is_told |= signal.SIGTERM in os.read(signals, 4096)
-        if is_told and bereft is None and _misses_neighbour(launchers[0]):
+        if signal.SIGTERM in told and bereft is None and _misses_neighbour(launchers[0]):
             bereft = time.monotonic()
         if bereft is not None and time.monotonic() - bereft > NEIGHBOUR_SECONDS:
             _end("another rank of this node has ended; see its messages for the cause")

@@ -62,6 +62,7 @@ def refusal(text: str | bytes) -> str:
 def override_refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         run(*overrides)
+    assert type(caught.value) is ConfigError, "its name begins the line that a user sees"
     return str(caught.value)
 
 
@@ -246,7 +247,7 @@ def test_a_wrong_type_in_the_file_is_blamed_on_the_file() -> None:
 
 
 def test_a_pattern_without_quotes_is_told_to_use_them() -> None:
-    assert override_refusal("eval.pattern=Product: {title}").endswith("; put it in quotes")
+    assert refusal(RUN + "eval: {pattern: {title}}\n").endswith("; put it in quotes")
 
 
 @pytest.mark.parametrize("override", ["train.max_steps", "=5", "train.=5", "train..max_steps=5"])
@@ -259,7 +260,7 @@ def test_an_override_without_key_and_equals_sign_is_refused(override: str) -> No
 def test_an_override_that_is_not_yaml_is_refused() -> None:
     assert override_refusal("run.out=[a") == (
         "the value of override 'run.out=[a' is not valid YAML: expected ',' or ']', but got "
-        "'<stream end>'; put it in quotes"
+        "'<stream end>'; if a text is meant, write 'run.out=\"[a\"'"
     )
 
 
@@ -269,7 +270,7 @@ def test_a_date_that_does_not_exist_is_refused() -> None:
     )
     Path("demo.yaml").write_text(RUN)
     assert override_refusal("run.out=2024-13-01").endswith(
-        "month must be in 1..12; put it in quotes"
+        "month must be in 1..12; if a text is meant, write 'run.out=\"2024-13-01\"'"
     )
 
 
@@ -291,11 +292,6 @@ def test_a_value_out_of_range_in_the_file_is_blamed_on_the_file() -> None:
         ("source.path=''", "source.path must not be empty, got ''"),
         ("source.images=[a, a]", "source.images holds 'a' twice; keep one"),
         (
-            "source.format=messages",
-            "source.user has no meaning with source.format 'messages', got '<|image_1|>What?'; "
-            "remove it, or use format 'columns'",
-        ),
-        (
             "source.assistant=null",
             "source.assistant is needed to turn columns into messages, got nothing; write its "
             "text with {column} names (source.format is 'auto')",
@@ -311,7 +307,59 @@ def test_a_value_out_of_range_in_the_file_is_blamed_on_the_file() -> None:
     ],
 )
 def test_a_dataset_value_out_of_range_is_refused(override: str, message: str) -> None:
-    assert dataset_refusal(override) == f"{message} (in dataset.yaml with {override})"
+    assert dataset_refusal(override) == f"{message} (in override {override!r})"
+
+
+def test_a_value_that_does_not_fit_another_is_blamed_on_both_places() -> None:
+    assert dataset_refusal("source.format=messages") == (
+        "source.user has no meaning with source.format 'messages', got '<|image_1|>What?'; remove "
+        "it, or use format 'columns' (in override 'source.format=messages' and dataset.yaml)"
+    )
+
+
+def test_a_section_given_whole_on_the_command_line_is_blamed_on_it() -> None:
+    override = "optim={schedule: linear}"
+    assert override_refusal(override) == (
+        f"missing key 'optim.lr' in override {override!r}; write it there or add optim.lr=VALUE"
+    )
+    override = "train={max_steps: 0}"
+    assert override_refusal(override) == (
+        f"train.max_steps must be at least 1, got 0 (in override {override!r})"
+    )
+
+
+def test_all_that_is_wrong_is_told_at_once_in_one_line() -> None:
+    text = RUN.replace("max_tokens", "max_token").replace("max_steps: 10", "max_steps: ten")
+    Path("demo.yaml").write_text(text + "evla: {}\ncheckpoint: {every: 0}\n")
+    assert override_refusal("optim.lr=fast", "run={seed: 1}") == (
+        "6 mistakes: (1) unknown key 'evla' in demo.yaml; did you mean 'eval'? (2) missing key "
+        "'run.out' in override 'run={seed: 1}'; write it there or add run.out=VALUE (3) unknown "
+        "key 'data.max_token' in demo.yaml; did you mean 'data.max_tokens'? (4) optim.lr must be "
+        "float, got 'fast' in override 'optim.lr=fast' (5) train.max_steps must be int, got 'ten' "
+        "in demo.yaml (6) checkpoint.every must be at least 1, got 0 (in demo.yaml)"
+    )
+
+
+@pytest.mark.parametrize(
+    "key", ["train.batch_size", "batch_size", "data.train_batch_size", "optim.accumulation_steps"]
+)
+def test_a_batch_size_in_the_recipe_is_sent_to_the_deepspeed_json(key: str) -> None:
+    assert override_refusal(f"{key}=8").endswith(
+        "; the DeepSpeed JSON owns the batch, in packs over all ranks: set "
+        "deepspeed.train_batch_size=N on the command line; data.max_tokens is the size of a pack, "
+        "and accumulation follows from the number of ranks"
+    )
+
+
+def test_what_the_deepspeed_json_owns_is_sent_there() -> None:
+    assert override_refusal("train.gradient_clipping=1").endswith(
+        "; the DeepSpeed JSON owns it: set it there, or deepspeed.gradient_clipping on the command "
+        "line"
+    )
+
+
+def test_the_batch_of_an_evaluation_is_not_the_deepspeed_jsons() -> None:
+    assert override_refusal("eval.batch_size=8").endswith("; did you mean 'eval.batch_rows'?")
 
 
 def test_columns_need_a_question_and_an_answer() -> None:

@@ -1,6 +1,7 @@
 """Training with real DeepSpeed ZeRO-3 on gloo ranks, under every launcher."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -154,6 +155,34 @@ def test_a_run_that_was_killed_and_stopped_goes_on_bit_for_bit(
     assert norms[0] == norms[1]
 
 
+@pytest.mark.parametrize("launcher", ["python", "deepspeed", "torchrun"])
+def test_ctrl_c_in_a_terminal_saves_and_the_next_start_says_where_it_goes_on(
+    recipe: Path, tmp_path: Path, launcher: str
+) -> None:
+    """It goes to all processes of the command's group; torchrun's ranks are in others."""
+    folder, values = tmp_path / "run", ("eval.rows=0", "train.max_steps=2000")
+    values += ("optim.warmup_steps=5", "optim.lr=1e-4", "checkpoint.every=2000")
+    commands = {"python": python(recipe, *values), "deepspeed": deepspeed(2, recipe, *values)}
+    command = commands.get(launcher) or torchrun(2, recipe, *values)
+    process = start(*command, cwd=tmp_path)
+    try:
+        wait_for(process, lambda: (folder / "metrics.jsonl").exists() and metrics(folder) != [])
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=TIMEOUT)  # until the last rank has closed it
+    finally:
+        kill(process)
+    assert err.count("stopped by SIGINT after step ") == 1, err
+    assert err.count("Ctrl-C: the run ends after this step, saved; again: at once") == 1
+    step = metrics(folder)[-1]["step"]
+    assert (folder / "checkpoints" / "latest").read_text() == f"step-{step:08d}"
+    if launcher != "python":
+        return
+    assert process.returncode == 75 and "Traceback" not in err
+    again = run(*python(recipe, *values, f"train.max_steps={step + 6}"), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"run goes on with step {step + 1} of {step + 6}, after step {step}\n" in again.stderr
+
+
 def test_with_nothing_but_damaged_checkpoints_no_run_starts_anew(
     unbroken: Path, recipe: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +220,20 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(unbroken: Path, re
     other = run(*python(recipe, "optim.lr=3e-3"), cwd=unbroken.parent)
     assert other.returncode == 2
     assert "optim.lr" in last_line(other, "ConfigError")
+
+
+def test_a_run_that_diverged_is_written_whole_and_does_not_end_as_finished(
+    recipe: Path, tmp_path: Path
+) -> None:
+    values = ("optim.lr=1", "optim.warmup_steps=0", "eval.rows=0")  # losses of 20 to 110 after 6.7
+    done = run(*plain(2, recipe, *values), cwd=tmp_path)
+    assert done.returncode == 2
+    assert last_line(done, "Diverged").startswith("Diverged: run diverged: the loss was ")
+    assert f" after step {STEPS}, see run/report.html" in done.stderr
+    assert "finished" not in done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["is_finished"] and summary["diverged"].startswith("the loss was ")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}"
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(

@@ -16,7 +16,13 @@ from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
 from phi3v.data.batch import collate, model_inputs
 from phi3v.evaluation import losses
-from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate, limit_owner
+from phi3v.evaluation.evaluate import (
+    Evaluation,
+    Interrupted,
+    _tell_doubtful,
+    evaluate,
+    limit_owner,
+)
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.held_out import blind_prompt, exchange, prompt_of
 from phi3v.evaluation.models import open_model
@@ -346,3 +352,22 @@ def test_an_example_without_a_picture_has_none(generator: Generator, mixed_shard
     settings = EvalSection(split="train", rows=8, max_new_tokens=1, blind=False)
     shown = evaluate(generator, [str(mixed_shards)], settings).examples()
     assert {example.image is None for example in shown} == {True, False}
+
+
+def test_numbers_that_may_be_meant_as_thousands_are_told(
+    evaluation: Evaluation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "Product: Bag, Category: BAGS, Full Price: {}"
+    prices = ("1.250", "19.99", "2.400")
+    outcomes = [
+        replace(outcome, reference=text.format(price))
+        for outcome, price in zip(evaluation.outcomes, prices, strict=False)
+    ]
+    _tell_doubtful(SETTINGS, outcomes)
+    assert capsys.readouterr().err == (
+        "2 of 3 true answers have a number like 1.250, read as 1.25, for a point begins the "
+        "decimals; where it groups thousands, write 1250 in the data\n"
+    )
+    _tell_doubtful(SETTINGS, outcomes[1:2])
+    _tell_doubtful(replace(SETTINGS, pattern=None, metrics=("exact_match",)), outcomes)
+    assert capsys.readouterr().err == ""

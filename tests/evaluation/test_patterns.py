@@ -76,3 +76,25 @@ def test_a_bad_pattern_is_refused_with_its_fault_and_an_example(template, fault)
     assert f"eval.pattern '{template}' has " in str(caught.value)
     assert fault in str(caught.value)
     assert "for example 'Product: {title}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("price", "doubtful"),
+    [
+        ("1.250", True),
+        ("-999.999", True),
+        ("1.25", False),
+        ("1250", False),
+        ("1,250", False),
+        ("1,250.000", False),
+        ("1250.125", False),
+        ("19.9", False),
+    ],
+)
+def test_a_number_that_may_be_meant_with_a_point_for_thousands_is_known(price, doubtful):
+    found = PATTERN.doubtful_number(product("Bag 1.250", "BAGS", price))
+    assert found == (price if doubtful else None)
+
+
+def test_an_answer_that_does_not_fit_has_no_doubtful_number():
+    assert PATTERN.doubtful_number("1.250") is None

@@ -115,6 +115,7 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         '{"id": "nothing"}',
         '{"id": "mistyped", "promt": "What?"}',
         '{"id": "other", "question": "What?"}',
+        '{"id": "picture", "image": "a.png"}',
         '{"id": "number", "prompt": 3}',
         '{"id": "both", "prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}',
         '{"id": "gone", "prompt": "What?", "images": ["none.png"]}',
@@ -136,7 +137,7 @@ def test_a_bad_row_says_why_and_spoils_no_other(
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(SampleError, match=f"22 of 24 rows of {source} have no answer; {out} says"):
+    with pytest.raises(SampleError, match=f"23 of 25 rows of {source} have no answer; {out} says"):
         answer_file(asker, source, out, read_messages)
     found = {row["id"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
     assert found["good"]["prediction"] == found["good too"]["prediction"]
@@ -146,7 +147,9 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         "4": "line 4 is no JSON: Expecting value: column 11",
         "nothing": "neither a 'prompt' nor 'messages'; its keys are id",
         "mistyped": "neither a 'prompt' nor 'messages'; it has 'promt': did you mean 'prompt'?",
-        "other": "neither a 'prompt' nor 'messages'; its keys are id, question",
+        "other": "neither a 'prompt' nor 'messages'; its keys are id, question; write what",
+        "picture": "neither a 'prompt' nor 'messages'; its keys are id, image; write what is asked "
+        "as its 'prompt'",
         "number": "'prompt' is a int, not a text",
         "both": "a row has both a 'prompt' and 'messages'; leave one of them out",
         "gone": "none.png does not exist",

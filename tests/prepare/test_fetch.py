@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from phi3v.config.dataset import FetchSection
-from phi3v.errors import SampleError
-from phi3v.prepare.fetch import ImageCache
+from phi3v.errors import ConfigError, SampleError
+from phi3v.prepare.fetch import ImageCache, local_images
 from phi3v.prepare.network import is_public
 from phi3v.prepare.web import MAX_PAUSE, shown_url
 from tests.commands import ROOT
@@ -328,3 +328,33 @@ def test_every_reason_of_this_file_is_in_the_docs() -> None:
     assert len(reasons) == 9
     for reason in reasons:
         assert f"| {reason} |" in table
+
+
+# --- --image of launch/generate.py ---
+
+
+def test_pictures_of_the_command_line_are_files_or_fetched(host: Host, tmp_path: Path) -> None:
+    url = host.url("/good.jpg")
+    with local_images([str(tmp_path / "a.png"), url, url], lambda _: True) as paths:
+        assert paths[0] == tmp_path / "a.png"
+        assert [path.read_bytes() for path in paths[1:]] == [host.image] * 2
+    assert not paths[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "is_allowed", "reason"),
+    [
+        ("/none.jpg", True, "image URL answered with an error: 404"),
+        ("/good.jpg", False, "image URL leads to a private address: "),
+    ],
+)
+def test_a_picture_of_the_command_line_that_cannot_be_fetched_is_refused(
+    host: Host, path: str, is_allowed: bool, reason: str
+) -> None:
+    with (
+        pytest.raises(ConfigError, match=f"^--image: {reason}") as caught,
+        local_images([host.url(path)], lambda _: is_allowed),
+    ):
+        pass
+    assert str(caught.value).endswith("; name another, or download it and name the file")
+    assert "allow_private" not in str(caught.value)

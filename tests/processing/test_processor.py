@@ -84,8 +84,23 @@ def test_a_folder_without_its_settings_is_refused(folder: Path, missing: str) ->
     ],
 )
 def test_a_mistyped_folder_is_said_to_be_none(name: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"there is no folder {name}, and {reason}; name a"):
+    with pytest.raises(ConfigError) as caught:
         Phi3VProcessor.from_pretrained(name)
+    assert str(caught.value) == (
+        f"there is no folder {name}, and {reason}; name a model folder or a hub model such as "
+        "microsoft/Phi-3.5-vision-instruct, or make a tiny one there: python launch/tiny_model.py "
+        f"{name}"
+    )
+
+
+def test_the_folder_of_a_run_is_no_model_and_is_to_be_exported(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError) as caught:
+        Phi3VProcessor.from_pretrained(tmp_path)
+    assert str(caught.value) == (
+        f"model {tmp_path} is the folder of a run, not of a model; export what it has learnt: "
+        f"python launch/export.py {tmp_path} --out DIR, and name that DIR"
+    )
 
 
 def test_the_hub_is_asked_once_for_a_model_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from phi3v.config import (
     DatasetConfig,
     RunConfig,
     check,
+    check_warmup,
     load_deepspeed,
     load_recipe,
 )
@@ -41,6 +42,20 @@ def test_a_run_recipe_fits_its_deepspeed_json_and_its_metrics_exist(
     cfg = load_recipe(RunConfig, path, ())
     check(cfg, load_deepspeed(start.deepspeed_file(cfg), RANKS))
     find_metrics(cfg.eval.metrics, compile_pattern(cfg.eval.pattern) if cfg.eval.pattern else None)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "phi35"])
+@pytest.mark.parametrize("rows", [1_704, 200_000])
+def test_a_recipe_of_a_published_model_ends_its_warm_up_on_few_rows_and_many(
+    name: str, rows: int
+) -> None:
+    """Packs of several rows make a third of the steps: 6 of 64 packs for 1,704 rows."""
+    cfg = load_recipe(RunConfig, RECIPES / f"{name}.yaml", ())
+    assert cfg.train.epochs
+    for packs in (rows, rows // 9):
+        steps = -(-packs // 64) * cfg.train.epochs
+        check_warmup(cfg, steps)
+        assert cfg.optim.warmup(steps) <= 1 + 0.04 * steps
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -117,7 +117,7 @@ def test_an_evaluation_is_one_line_of_its_first_metrics() -> None:
     found["blind_anls"] = score | {"value": 0.125}
     assert describe_evaluation(120, 1.30958, found) == (
         "evaluation at step 120: loss 1.310, anls 61.0% (55.0% to 67.0%, blind 12.5%), "
-        "price_mae 12.5 (10.25 to 15), bleu_unseen has no rows"
+        "price_mae 12.5 (10.25 to 15), bleu_unseen has no rows, 1 more in evaluations.jsonl"
     )
 
 

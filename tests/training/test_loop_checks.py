@@ -9,15 +9,23 @@ from typing import Any
 import pytest
 
 from phi3v.config import RunConfig, build_recipe, check, default_deepspeed, load_deepspeed
+from phi3v.config.check import SMOKE_STEPS
 from phi3v.data.packing import Position
-from phi3v.errors import CheckpointError, ConfigError, ShardError
+from phi3v.errors import CheckpointError, ConfigError, Diverged, ShardError
 from phi3v.prepare import prepare
 from phi3v.training.checkpoints.saving import Progress
 from phi3v.training.loop import train
-from phi3v.training.opening import Run, open_run
+from phi3v.training.opening import Run, describe_length, open_run
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder
-from phi3v.training.session import Session, check_data, save, wait_until_saved
+from phi3v.training.session import (
+    Session,
+    check_data,
+    check_length,
+    save,
+    tell_start,
+    wait_until_saved,
+)
 from phi3v.training.stopping import StopRequests
 from phi3v.training.tracking import Tracker
 from phi3v.training.watchdog import Watchdog
@@ -129,7 +137,7 @@ def test_another_recipe_in_the_run_folder_is_refused(values: dict[str, Any]) -> 
     run.folder.path.mkdir()
     run.folder.write_origin(run.cfg, run.ds, {}, world_size=2)
     opened(values, "train.max_steps=9", "eval.rows=1")
-    assert "was started with another recipe: optim.lr differ; " in refusal(values, "optim.lr=1")
+    assert "another recipe: optim.lr was 0.001 and is 1.0; " in refusal(values, "optim.lr=1")
 
 
 def test_data_that_was_prepared_anew_is_not_gone_on_with(values: dict[str, Any]) -> None:
@@ -141,6 +149,14 @@ def test_data_that_was_prepared_anew_is_not_gone_on_with(values: dict[str, Any])
     assert str(caught.value).startswith(
         f"{run.folder.path} was trained on data with fingerprint ffffffffffff, "
     )
+
+
+def finish(values: dict[str, Any], **summary: Any) -> RunConfig:
+    """A recipe whose run is finished."""
+    folder = RunFolder(Path(values["run"]["out"]))
+    folder.path.mkdir()
+    folder.write_summary({"is_finished": True, "steps": 3, **summary})
+    return build_recipe(RunConfig, values, Path("demo.yaml"), [])
 
 
 @pytest.mark.parametrize(
@@ -166,14 +182,125 @@ def test_a_best_checkpoint_that_nobody_scores_is_refused(
 def test_a_finished_run_says_so_and_is_not_started(
     values: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = RunFolder(Path(values["run"]["out"]))
-    folder.path.mkdir()
-    folder.write_summary({"is_finished": True, "steps": 3})
-    cfg = build_recipe(RunConfig, values, Path("demo.yaml"), [])
+    cfg = finish(values)
     train(cfg, DEEPSPEED, RANKS, StopRequests())  # would look for other ranks otherwise
-    assert capsys.readouterr().out == f"{folder.path} is finished: 3 steps; see summary.json\n"
-    assert [path.name for path in folder.path.iterdir()] == ["summary.json"]
-    assert json.loads((folder.path / "summary.json").read_text())["steps"] == 3
+    folder = Path(cfg.run.out)
+    assert capsys.readouterr().out == (
+        f"{folder} is finished: 3 steps; see summary.json, or ask its model by launch/evaluate.py\n"
+    )
+    assert [path.name for path in folder.iterdir()] == ["summary.json"]
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
+
+
+def test_a_finished_run_that_has_more_steps_than_are_asked_for_says_how_many(
+    values: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(finish(values, steps=4), DEEPSPEED, RANKS, StopRequests())
+    assert " is finished: 4 steps, more than the 3 that are asked for (name another run.out); " in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_finished_run_that_diverged_is_told_with_the_same_exit_code_again(
+    values: dict[str, Any],
+) -> None:
+    cfg = finish(values, diverged="the loss was 1.200 at first, and 9.000 over the last 2 steps")
+    with pytest.raises(Diverged, match="diverged: the loss was 1.200 at first"):
+        train(cfg, DEEPSPEED, RANKS, StopRequests())
+
+
+def test_an_unfinished_run_is_not_cut_to_fewer_steps_than_it_has_done(
+    values: dict[str, Any],
+) -> None:
+    run = opened(values)
+    check_length(run, 3)
+    with pytest.raises(ConfigError) as caught:
+        check_length(run, 4)
+    assert str(caught.value) == (
+        f"{run.folder.path} has done 4 steps, train.max_steps asks for 3; raise it, or name "
+        "another run.out for a shorter run"
+    )
+    with pytest.raises(ConfigError, match=r"train\.epochs asks for"):
+        check_length(opened(values | {"train": {"epochs": 1}}), 1000)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.max_steps=30", "optim.warmup_steps=30"),
+        ("train.max_steps=null", "train.epochs=1", "optim.warmup_steps=50"),
+    ],
+)
+def test_a_warm_up_as_long_as_the_run_is_refused(
+    values: dict[str, Any], overrides: tuple[str, ...]
+) -> None:
+    message = refusal(values, *overrides)
+    assert message.startswith(f"optim.warmup_steps is {overrides[-1][-2:]} and the whole run has ")
+    assert message.endswith(
+        "so that none would have the learning rate; set optim.warmup_steps=null "
+        "optim.warmup_ratio=0.03, or train longer"
+    )
+    opened(values, *overrides[:-1], "optim.warmup_ratio=0.99")
+
+
+def test_a_smoke_run_may_end_within_its_warm_up(values: dict[str, Any]) -> None:
+    opened(values, f"train.max_steps={SMOKE_STEPS}", "optim.warmup_steps=100")
+    assert "the whole run has" in refusal(
+        values, f"train.max_steps={SMOKE_STEPS + 1}", "optim.warmup_steps=100"
+    )
+
+
+def test_the_length_of_a_run_is_told_with_what_makes_a_short_one_longer(
+    values: dict[str, Any],
+) -> None:
+    run = opened(values | {"train": {"epochs": 2}})
+    epoch = run.plan.first_epoch()
+    assert epoch.samples == len(run.dataset)
+    assert epoch.packs == DEEPSPEED.train_batch_size * epoch.steps and 0.5 < epoch.fill <= 1
+    told = (
+        f"{epoch.samples} samples in {epoch.packs} packs, {epoch.fill:.0%} full; {epoch.steps} "
+        f"steps an epoch of 8 packs each, {2 * epoch.steps} steps in all"
+    )
+    more = epoch.packs // 2 * 2
+    assert describe_length(run) == (
+        f"{told}: few to learn from; deepspeed.train_batch_size=2 makes about {more} of them, or "
+        "raise train.epochs, or train on more rows"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "end"),
+    [
+        (["train.max_steps=99"], "99 steps in all: few to learn from, raise train.max_steps"),
+        (["train.max_steps=100"], "100 steps in all"),
+        (["train.max_steps=20"], "20 steps in all"),
+        (
+            ["train.max_steps=30", "debug.overfit_one_pack=true"],
+            "30 steps on the first pack alone (debug.overfit_one_pack)",
+        ),
+    ],
+)
+def test_a_long_run_and_a_smoke_run_are_given_no_advice(
+    values: dict[str, Any], overrides: list[str], end: str
+) -> None:
+    assert describe_length(opened(values, *overrides)).endswith(end)
+
+
+def test_a_start_says_with_which_step_a_run_goes_on(
+    values: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(done: int) -> list[str]:
+        tell_start(run, done)
+        return capsys.readouterr().err.splitlines()
+
+    run = opened(values)
+    place = run.folder.path
+    assert told(0) == [describe_length(run)], "a new run goes on with nothing"
+    place.mkdir()
+    run.folder.write_origin(run.cfg, run.ds, {}, world_size=2)
+    assert told(0)[1] == f"{place} goes on with step 1 of 3, for it has no checkpoint"
+    assert told(2)[1] == f"{place} goes on with step 3 of 3, after step 2"
+    assert told(3)[1] == f"{place} goes on behind its last step, 3: with its evaluation"
 
 
 def test_a_sink_that_cannot_work_is_refused_before_the_ranks_meet(values: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Which parameters are trained, with what decay, and the shape of their learning rates."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +205,22 @@ def test_half_way_down_is_half_way_between_peak_and_minimum() -> None:
         assert lr_factor(70, 120, cfg) == pytest.approx(0.55)
     quarter = 0.1 + 0.9 * 0.853553390593  # (1 + cos(pi / 4)) / 2
     assert lr_factor(45, 120, recipe(warmup_steps=20, min_lr_ratio=0.1)) == pytest.approx(quarter)
+
+
+@given(st.integers(1, 400), st.floats(0, 1, exclude_max=True))
+def test_a_warm_up_by_ratio_is_that_share_of_any_run_and_shorter(total: int, ratio: float) -> None:
+    cfg = recipe(warmup_ratio=ratio)
+    warmup = cfg.optim.warmup(total)
+    assert warmup == min(math.ceil(ratio * total), total - 1)
+    by_steps = recipe(warmup_steps=warmup)
+    assert [lr_factor(step, total, cfg) for step in range(1, total + 1)] == [
+        lr_factor(step, total, by_steps) for step in range(1, total + 1)
+    ]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(6, 1), (50, 2), (100, 3), (6250, 188)])
+def test_three_percent_of_some_lengths(steps: int, warmup: int) -> None:
+    assert recipe(warmup_ratio=0.03).optim.warmup(steps) == warmup
 
 
 def test_each_trained_module_has_its_own_rate() -> None:

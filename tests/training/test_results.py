@@ -9,6 +9,7 @@ import pytest
 
 from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepspeed
 from phi3v.data import Dataset
+from phi3v.errors import Diverged
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.metrics import Score
 from phi3v.evaluation.outcomes import Outcome
@@ -16,7 +17,15 @@ from phi3v.evaluation.report import Saved
 from phi3v.training import results
 from phi3v.training.checkpoints.store import publish
 from phi3v.training.opening import describe_data
-from phi3v.training.results import best_scores, epochs, saved, throughput, write_results
+from phi3v.training.results import (
+    best_scores,
+    check_diverged,
+    divergence,
+    epochs,
+    saved,
+    throughput,
+    write_results,
+)
 from phi3v.training.run_folder import RunFolder
 from tests.page import Page
 from tests.training.saved import save_partial
@@ -222,3 +231,78 @@ def test_a_step_that_gave_no_number_is_not_the_best() -> None:
     ]
     assert best_scores(entries, "loss") == {8: -3.0}
     assert best_scores(entries, "anls") == {}
+
+
+# --- divergence ---
+
+
+def losses_of(*losses: float | None) -> list[dict[str, Any]]:
+    return [step(number, loss=loss) for number, loss in enumerate(losses, 1)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([1.2, 8, 11, 10, 9, 9, 9, 9], "the loss was 1.200 at first, and 9.000 over the last 4"),
+        ([1.2, *[9.0] * 40], "the loss was 1.200 at first, and 9.000 over the last 20 steps"),
+        ([1.2, 1.0, 1.1, *[6.0, 90.0] * 20], "the loss was 1.200 at first, and 48.000 over the"),
+        (
+            [6.7, 9.0, 60.0, 90.0, 31.0, 12.0],
+            "the loss was 6.700 at first, and 31.000 over the last",
+        ),
+    ],
+    ids=["within a few steps", "at once", "late and wildly", "in a short run"],
+)
+def test_a_loss_that_ends_far_above_where_it_began_has_diverged(
+    losses: list[float], told: str
+) -> None:
+    assert (divergence(losses_of(*losses)) or "").startswith(told)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [5.3, 4.0, 3.0, 2.0],
+        [1.2, *[9.0] * 20, *[1.3] * 20],
+        [1.0, *[1.4] * 30],
+        [0.01, *[0.05] * 30],
+        [0.6, *[0.5, 1.5, 0.9] * 10],
+        [1.0, 9.0, 9.0],
+        [],
+    ],
+    ids=["learns", "recovers", "a little", "near 0", "batches that differ", "too few", "none"],
+)
+def test_a_loss_that_does_not_has_not(losses: list[float]) -> None:
+    assert divergence(losses_of(*losses)) is None
+
+
+def test_steps_that_were_skipped_say_nothing_of_divergence() -> None:
+    lines = losses_of(1.0, 1.0, 1.0, None, None, 50.0, 50.0)
+    for line in lines[3:]:
+        line["skipped"] = "the loss is above 4"
+    assert divergence([*lines, *losses_of(1.0)]) is None
+
+
+def test_a_run_that_diverged_says_so_everywhere(run: tuple[RunFolder, RunConfig]) -> None:
+    folder, cfg = run
+    assert check_diverged(folder) is None
+    for number in range(4, 12):
+        folder.add_metrics(step(number, loss=20.0))
+    found = write_results(folder, cfg, None, step=11, is_finished=True)
+    assert found == "the loss was 2.000 at first, and 20.000 over the last 5 steps"
+    assert json.loads((folder.path / "summary.json").read_text())["diverged"] == found
+    assert f"this run: {found}" in (folder.path / "report.html").read_text()
+    with pytest.raises(Diverged) as caught:
+        check_diverged(folder)
+    assert caught.value.exit_code == 2
+    assert str(caught.value) == (
+        f"{folder.path} diverged: {found}; its weights are worse than those it started from. Lower "
+        "optim.lr, or warm up longer (optim.warmup_ratio), in another run.out; see "
+        f"{folder.path}/report.html"
+    )
+
+
+def test_a_run_that_did_not_diverge_is_not_refused(run: tuple[RunFolder, RunConfig]) -> None:
+    folder, cfg = run
+    assert write_results(folder, cfg, None, step=3, is_finished=True) is None
+    check_diverged(folder)

@@ -128,6 +128,7 @@ def test_a_new_folder_takes_any_recipe(tmp_path: Path) -> None:
         "faults.spike=8",
         "run.out=/moved/demo",
         "deepspeed=a/copy/of/the/same.json",
+        "optim.warmup_steps=0",
         "data.shards=/moved/shards",  # a checkpoint tells the fingerprint of its data
         "data.shards=[{path: shards/demo}]",
     ],
@@ -141,23 +142,29 @@ def test_the_number_of_ranks_may_change(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "keys"),
+    ("overrides", "changes"),
     [
-        (["optim.lr=2e-4"], "optim.lr"),
-        (["run.seed=1", "data.max_tokens=100"], "run.seed, data.max_tokens"),
-        (["model.freeze=[vision]"], "model.freeze"),
-        (["optim.head_lr=1e-5", "eval.rows=1"], "optim.head_lr"),
-        (["train={epochs: 1}"], "train.epochs"),
+        (["optim.lr=2e-4"], "optim.lr was 0.0001 and is 0.0002"),
+        (
+            ["run.seed=1", "data.max_tokens=100"],
+            "run.seed was 0 and is 1, data.max_tokens was 8192 and is 100",
+        ),
+        (["model.freeze=[vision]"], 'model.freeze was [] and is ["vision"]'),
+        (["optim.head_lr=1e-5", "eval.rows=1"], "optim.head_lr was null and is 1e-05"),
+        (["train={epochs: 1}"], "train.epochs was null and is 1"),
+        (["optim.warmup_steps=5"], "optim.warmup_steps was null and is 5"),
+        (["data.cost.view=2"], "data.cost.view was 0.0 and is 2.0"),
     ],
 )
-def test_another_recipe_is_refused_by_its_keys(
-    folder: RunFolder, overrides: list[str], keys: str
+def test_another_recipe_is_refused_with_the_values_of_both_and_a_way_on(
+    folder: RunFolder, overrides: list[str], changes: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         folder.check_recipe(recipe(*overrides), deepspeed())
     assert str(caught.value) == (
-        f"run.out {folder.path} was started with another recipe: {keys} differ; name another "
-        "run.out, or take the values back"
+        f"run.out {folder.path} was started with another recipe: {changes}; take the values back, "
+        "or name another run.out; to train on from what this run has learnt: python "
+        f"launch/export.py {folder.path} --out DIR, then model.path=DIR in another run.out"
     )
 
 
@@ -185,7 +192,7 @@ def test_a_model_that_was_moved_or_is_named_in_another_way_is_the_same(
     environment = json.loads((folder.path / "environment.json").read_text())
     del environment["model"]
     (folder.path / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(ConfigError, match="recipe: model.path differ"):
+    with pytest.raises(ConfigError, match="recipe: model.path was "):
         folder.check_recipe(recipe(f"model.path={moved}"), deepspeed())
     model.symlink_to(moved)
     folder.check_recipe(recipe(f"model.path={moved}"), deepspeed())
@@ -203,7 +210,7 @@ def test_another_model_is_refused_wherever_it_lies(
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.write_origin(recipe(f"model.path={tiny_model}"), deepspeed(), {}, world_size=2)
-    with pytest.raises(ConfigError, match="recipe: model.path differ"):
+    with pytest.raises(ConfigError, match="recipe: model.path was "):
         folder.check_recipe(recipe(f"model.path={other}"), deepspeed())
 
 
@@ -214,7 +221,7 @@ def test_another_deepspeed_json_is_refused_whatever_its_name(
     content = json.loads(default_deepspeed(has_cuda=False).read_text())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / name).write_text(json.dumps(content | {"gradient_clipping": 0.5}))
-    with pytest.raises(ConfigError, match=f"recipe: {name}: gradient_clipping differ; "):
+    with pytest.raises(ConfigError, match=f"recipe: {name}: gradient_clipping was 1.0 and is"):
         folder.check_recipe(recipe(), load_deepspeed(tmp_path / "other" / name, 2))
 
 

@@ -33,12 +33,12 @@ def test_nothing_is_asked_until_someone_asks(requests: StopRequests, tmp_path: P
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_heard_and_a_second_changes_nothing(
+def test_a_signal_is_heard_and_another_changes_nothing(
     requests: StopRequests, number: signal.Signals
 ) -> None:
     os.kill(os.getpid(), number)
     assert requests.reason() == number.name
-    for second in SIGNALS:
+    for second in set(SIGNALS) - {signal.SIGINT}:
         os.kill(os.getpid(), second)
     assert requests.reason() == number.name
 
@@ -98,3 +98,41 @@ def test_a_forked_child_and_a_started_program_can_still_be_ended(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
     assert program.wait() == -number
     assert requests.reason() is None
+
+
+LISTEN = """
+import time
+from phi3v.training.stopping import StopRequests
+StopRequests().listen()
+print("listens", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "second", "code"),
+    [
+        ({}, signal.SIGINT, 130),
+        ({"TORCHELASTIC_RUN_ID": "1"}, signal.SIGTERM, 130),
+        ({}, signal.SIGTERM, None),
+    ],
+    ids=["again", "again by torchrun", "as deepspeed does beside the first"],
+)
+def test_a_second_ctrl_c_ends_a_process_at_once(
+    variables: dict[str, str], second: signal.Signals, code: int | None
+) -> None:
+    """Also where torchrun passes it on as SIGTERM; deepspeed sends that one after the first."""
+    program = [sys.executable, "-c", LISTEN]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(program, env=os.environ | variables, text=True, **pipes) as process:
+        assert process.stdout and process.stderr and process.stdout.readline() == "listens\n"
+        process.send_signal(signal.SIGINT)
+        process.stderr.readline()
+        assert process.stderr.readline().startswith("Ctrl-C: the run ends after this step, saved")
+        process.send_signal(second)
+        try:
+            assert process.wait(timeout=1.0) == code
+        except subprocess.TimeoutExpired:
+            assert code is None
+        process.kill()

@@ -14,6 +14,7 @@ from phi3v.training.checkpoints.store import (
     MANIFEST,
     find_damage,
     find_step,
+    named_step,
     publish,
     read_manifest,
     step_name,
@@ -171,6 +172,32 @@ def test_a_step_or_the_newest_is_found_whatever_latest_says(tmp_path: Path) -> N
     (tmp_path / "latest").write_text("step-00000004")
     assert find_step(tmp_path, 8) == "step-00000008"
     assert find_step(tmp_path, None) == "step-00000100"
+
+
+def test_a_step_is_named_by_its_number_or_as_the_best(tmp_path: Path) -> None:
+    save(tmp_path, 4, 8)
+    assert (named_step(tmp_path, None), named_step(tmp_path, "8")) == (None, 8)
+    (tmp_path / "best").write_text("step-00000004")
+    assert named_step(tmp_path, "best") == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "best",
+            "has no best checkpoint, for checkpoint.best of the run's recipe names no score, ",
+        ),
+        ("last", "--step must be a number or best, got 'last'"),
+        ("-1", "--step must be a number or best, got '-1'"),
+    ],
+)
+def test_a_step_that_nothing_has_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    save(tmp_path, 4, 8)
+    with pytest.raises(CheckpointError) as caught:
+        named_step(tmp_path, name)
+    assert message in str(caught.value)
+    assert name != "best" or str(caught.value).endswith("; name a step: 4, 8")
 
 
 def test_a_step_that_was_not_saved_is_refused_with_those_that_were(tmp_path: Path) -> None:

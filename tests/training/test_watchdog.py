@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from signal import SIGUSR1
+from signal import SIGINT, SIGUSR1
 
 import psutil
 import pytest
@@ -66,6 +66,8 @@ def main():
             os.kill(os.getpid(), 9)
         if mode == "busy":
             lost_rank()
+    if mode == "slow":
+        time.sleep(3)  # to save
     torch.distributed.barrier()
     if not own.is_first:
         time.sleep(1.2)  # the launcher looks once a second, and sends SIGTERM
@@ -180,6 +182,33 @@ def test_a_signal_to_one_rank_ends_all_of_them_with_75(family: Callable[..., Fam
     assert run.front.returncode == 75
     assert said.count("stopped by a test and saved\n") == 1
     assert "Traceback" not in said and "another rank" not in said
+
+
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+def test_ctrl_c_leaves_the_ranks_the_time_to_save(
+    family: Callable[..., Family], launcher: Callable[..., list[object]]
+) -> None:
+    """`deepspeed` itself ends at once, and nobody is left to ask but the `launch` below it."""
+    run = family(launcher, "slow")
+    run.wait_for("step-0", "step-1")
+    os.killpg(run.front.pid, SIGINT)  # as a terminal does
+    said = run.end()
+    assert said.count("Ctrl-C: the run ends after this step, saved; again: at once") == 1
+    assert said.count("stopped by a test and saved\n") == 1
+    assert "is gone" not in said and "rank 1" not in said
+
+
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+def test_a_second_ctrl_c_waits_for_nothing(
+    family: Callable[..., Family], launcher: Callable[..., list[object]]
+) -> None:
+    run = family(launcher, "slow")
+    run.wait_for("step-0", "step-1")
+    for _ in range(2):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.front.pid, SIGINT)
+        time.sleep(0.5)
+    assert "stopped by a test and saved" not in run.end()
 
 
 def test_a_defect_of_one_rank_is_told_first_and_ends_all(family: Callable[..., Family]) -> None:

@@ -14,6 +14,9 @@ _REGEX = {
     float: r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})(?:\.[0-9]{1,15})?",
 }
 
+# 1.25 with a zero to spare, or a thousand and more where points group digits.
+_DOUBTFUL = re.compile(r"[-+]?[0-9]{1,3}\.[0-9]{3}")
+
 Fields = Mapping[str, str | float]
 
 
@@ -38,6 +41,14 @@ class Pattern:
             name: float(found[name].replace(",", "")) if kind is float else found[name]
             for name, kind in self.fields.items()
         }
+
+    def doubtful_number(self, text: str) -> str | None:
+        """The first number of a text that elsewhere means another: "1.250", read as 1.25."""
+        match = self.regex.fullmatch(text.strip())
+        numbers = (
+            (match[name] for name, kind in self.fields.items() if kind is float) if match else ()
+        )
+        return next((number for number in numbers if _DOUBTFUL.fullmatch(number)), None)
 
 
 def compile_pattern(template: str) -> Pattern:

@@ -95,6 +95,8 @@ def _key_facts(report: Report) -> list[tuple[str, str]]:
     if not steps:
         return [("steps", "0")]
     facts = [("steps", f"{steps[-1]['step']:,}")]
+    if diverged := report.summary.get("diverged"):
+        facts.append((f"this run: {diverged}", "diverged"))
     losses = values(steps, "loss")
     speeds, seconds = values(steps, "tokens_per_second"), values(steps, "step_seconds")
     if report.epochs is not None:

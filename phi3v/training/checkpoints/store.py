@@ -113,6 +113,25 @@ def find_step(folder: Path, step: int | None) -> str:
     )
 
 
+def named_step(folder: Path, name: str | None) -> int | None:
+    """The step that --step names: a number, or `best`; None for the newest.
+
+    Raises: CheckpointError if it is neither, or no checkpoint is the best.
+    """
+    if name is None or name.isdecimal():
+        return None if name is None else int(name)
+    if name != BEST:
+        raise CheckpointError(f"--step must be a number or {BEST}, got {name!r}")
+    pointed = STEP.fullmatch(read_pointer(folder, BEST) or "")
+    if pointed is None:
+        raise CheckpointError(
+            f"{folder} has no best checkpoint, for checkpoint.best of the run's recipe names no "
+            f"score, or nothing was evaluated; name a step: "
+            f"{', '.join(map(str, steps_saved(folder))) or 'there is none yet'}"
+        )
+    return int(pointed[1])
+
+
 def read_pointer(folder: Path, pointer: str) -> str | None:
     """The name that `latest` or `best` holds, None where there is no such file."""
     path = folder / pointer
