@@ -147,7 +147,7 @@ def test_a_gpus_sections_all_run_at_toy_size_and_find_nothing_false() -> None:
     lines = lines_of("gpu.py")
     rows = [line.split(maxsplit=4) for line in lines if re.search(r" \d+\.\d s  ", line)]
     ran = {name for name, verdict, *_ in rows if verdict in ("true", "measured")}
-    skipped = {name for name, *_, rest in rows if rest.startswith("s  the section: skipped")}
+    skipped = {name for name, *_, rest in rows if rest.startswith("the section: skipped")}
     assert ran == SECTIONS - {"waits", "memory"} and skipped == {"waits", "memory"}
     assert re.fullmatch(
         r"\d+ true, 0 FALSE, .* 0 not run; \d+ s; see runs/gpu/table.txt", lines[-1]

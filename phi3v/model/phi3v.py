@@ -82,8 +82,9 @@ class Phi3VModel(Phi3VPreTrainedModel):
         views      (N, 3, size, size), or None without images
         returns    (B, T, D)
         """
-        words, weight = input_ids.clamp(min=0), self.embed_tokens.weight
-        embedded = self.embed_tokens(send(words, weight.device) if weight.is_cuda else words)
+        # Not `self.embed_tokens.weight`: to name it here would have ZeRO-3 gather it a second time.
+        device, words = next(self.embed_tokens.parameters()).device, input_ids.clamp(min=0)
+        embedded = self.embed_tokens(send(words, device) if device.type == "cuda" else words)
         if views is None:
             return embedded
         images = self.vision_embed_tokens(views, grids).to(embedded.dtype)
