@@ -21,7 +21,7 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.ask import Asker, file_fault, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
 from phi3v.files import replacing
-from phi3v.processing.keys import FORMATS, as_list, check_keys, pictures_of
+from phi3v.processing.keys import FORMATS, as_list, check_keys, pictures_of, unique
 from phi3v.processing.prompt import Message
 from phi3v.progress import progress
 
@@ -108,7 +108,7 @@ def _answer(
 def _parse(line: str, number: int) -> dict[str, Any]:
     """Read a line of the file, which has this number there."""
     try:
-        values = json.loads(line.rstrip())
+        values = json.loads(line.rstrip(), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         reason = f"{error.msg}: column {error.colno}"
         raise SampleError(f"line {number} is no JSON: {reason}") from error
