@@ -239,6 +239,25 @@ def test_a_validation_file_of_ones_own_is_held_out_whole(tmp_path: Path, tiny_mo
         prepare(cfg)
 
 
+@pytest.mark.parametrize("own", ["train.jsonl", "copy.jsonl"])
+def test_rows_that_are_trained_on_are_not_held_out(
+    tmp_path: Path, tiny_model: Path, own: str
+) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", [turn("Hi", "Ho")])
+    (tmp_path / "copy.jsonl").write_bytes(train.read_bytes())
+    split = {"validation": {"path": str(tmp_path / own)}}
+    said = f"split.validation names {tmp_path / own}, which holds the very rows of source.path"
+    with pytest.raises(ConfigError, match=re.escape(f"{said} {train}; name others, or hold out")):
+        prepare(recipe(tiny_model, tmp_path / "out", {"path": str(train)}, split=split))
+
+
+def test_a_file_has_no_other_split_to_hold_out(tmp_path: Path, tiny_model: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [turn("Hi", "Ho")])
+    split = {"validation": {"split": "validation"}}
+    with pytest.raises(ConfigError, match="split 'validation' has no meaning for .*a.jsonl, a '"):
+        prepare(recipe(tiny_model, tmp_path / "out", {"path": str(path)}, split=split))
+
+
 def test_a_leak_across_is_not_looked_for_where_the_recipe_says_so(
     tmp_path: Path, tiny_model: Path
 ) -> None:
