@@ -21,7 +21,7 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.ask import Asker, file_fault, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
 from phi3v.files import replacing
-from phi3v.processing.keys import FORMATS, as_list, check_keys, pictures_of, unique
+from phi3v.processing.keys import FORMATS, as_list, check_keys, is_empty, pictures_of, unique
 from phi3v.processing.prompt import Message
 from phi3v.progress import progress
 
@@ -95,7 +95,8 @@ def _answer(
         results.append(result)
         try:
             values = _parse(line, number)
-            result["id"] = values.get("id", result["id"])
+            if not is_empty(values.get("id")):
+                result["id"] = values["id"]
             prompts[place] = _prompt(asker, values, root, read_messages)
         except SampleError as error:
             result["error"] = str(error)
@@ -131,7 +132,7 @@ def _prompt(
     if strange := [image for image in images if not isinstance(image, str)]:
         raise SampleError(f"an image is a {type(strange[0]).__name__}, not a path")
     rules = asker.processor.rules
-    return asker.prompt(messages, [open_picture(root / image, rules) for image in images])
+    return asker.prompt(messages, [open_picture(image, rules, root) for image in images])
 
 
 def _asked(values: Mapping[str, Any]) -> tuple[list[Message], list[Any]]:

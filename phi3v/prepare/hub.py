@@ -21,8 +21,8 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import disguise, replacing, write_json
+from phi3v.places import local_path
 from phi3v.prepare.folders import FolderRows, open_texts, reopened, texts_among
-from phi3v.prepare.places import local_path
 from phi3v.prepare.tables import FEW, TableRows, open_streams
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

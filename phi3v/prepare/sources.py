@@ -19,10 +19,10 @@ from typing import Any
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import disguise, sha256
+from phi3v.places import local_path, nearby
 from phi3v.prepare.convert import converted
 from phi3v.prepare.folders import FolderRows
 from phi3v.prepare.hub import hub_digest, is_hub_name, open_dataset, unread
-from phi3v.prepare.places import local_path, nearby
 from phi3v.prepare.rows import Row, Rows
 from phi3v.prepare.tables import open_table
 from phi3v.prepare.text import KINDS, MARK, TextRows, open_text, usual_delimiter

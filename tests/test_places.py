@@ -8,8 +8,8 @@ import pytest
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
+from phi3v.places import find_file, local_path, nearby
 from phi3v.prepare import prepare
-from phi3v.prepare.places import find_file, local_path, nearby
 from phi3v.prepare.sources import check_source, open_source, read_rows
 from tests.tiny import recipe, write_jsonl, write_picture
 
