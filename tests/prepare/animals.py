@@ -229,7 +229,7 @@ def lines(random: Random) -> Iterator[Animal]:
         yield Animal(f'{{"x": {value}, {plain[1:]}'.encode(), NOT_JSON)
         yield Animal(f'{{"id": {value}, {plain[1:]}'.encode(), NOT_JSON)
     yield Animal(_nested(10_000).encode(), NOT_JSON)
-    yield Animal(f'{{"messages": 7, {plain[1:]}'.encode())  # of equal names the last counts
+    yield Animal(f'{{"messages": 7, {plain[1:]}'.encode(), TWICE)
     yield Animal(f'{plain[:-1]}, "messages": 7}}'.encode(), TWICE)
     for line in (b"\0" * 9, b"//", b"{},", b"{}{}", b"\xff" * 9, b"\\", b"undefined"):
         yield Animal(line, NOT_JSON)
