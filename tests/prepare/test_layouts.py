@@ -20,6 +20,8 @@ from phi3v.errors import ConfigError, ShardError
 from phi3v.evaluation.metrics import Answer, score
 from phi3v.files import sha256
 from phi3v.prepare import prepare
+from phi3v.prepare.convert import converted, find_function
+from phi3v.prepare.rows import Row
 from phi3v.prepare.summary import summary
 from phi3v.processing import Phi3VProcessor
 from phi3v.sample import Sample
@@ -194,6 +196,29 @@ def test_a_function_makes_the_rows(
     assert (sample.id, sample.meta["reference"], len(sample.images)) == ("left", "left", 1)
     assert (manifest["rows"], manifest["left_out"], manifest["rejected"]["count"]) == (2, 1, 0)
     assert manifest["recipe"]["inputs"]["convert"] == sha256(Path("boxes.py"))
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("{1: 'a'}", "gave the key 1, no text"),
+        ("(row for _ in row)", "gave a generator, not a dict"),
+        ("[row]", "gave a list, not a dict"),
+        ("row['nothing']", "raised KeyError, 'nothing'"),
+    ],
+)
+def test_what_a_function_gives_is_a_row_or_the_row_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, fault: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strange_rows.py").write_text(f"def convert(row):\n    return {body}\n")
+    find_function.cache_clear()
+    try:
+        (row,) = converted([Row(0, {"a": "b"})], "strange_rows:convert")
+    finally:
+        sys.modules.pop("strange_rows", None)
+        find_function.cache_clear()
+    assert row.fault == f"cannot be converted: strange_rows:convert {fault}"
 
 
 @pytest.mark.parametrize(
