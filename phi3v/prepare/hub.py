@@ -101,7 +101,9 @@ def _texts(section: SourceSection) -> list[Path] | None:
     if not folder.is_dir() or _is_saved(folder):
         return None
     builder = _builder(section)
-    files = {str(name): list(map(str, of)) for name, of in builder.config.data_files.items()}
+    files = {
+        str(name): list(map(str, of)) for name, of in (builder.config.data_files or {}).items()
+    }
     base = section.split.partition("[")[0]
     texts = texts_among(builder.name, files.get(base, []), folder.absolute())
     if texts and base != section.split:
@@ -123,13 +125,14 @@ def unread(section: SourceSection) -> str | None:
     folder = local_path(section.paths[0]).absolute()
     if not folder.is_dir() or _is_saved(folder):
         return None
-    known = {str(file) for of in _builder(section).config.data_files.values() for file in of}
+    splits = _builder(section).config.data_files or {}
+    known = {str(file) for of in splits.values() for file in of}
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     files = (file for file in files if file.suffix.lower() not in PAGES)
     left = [
         file for file in files if _is_plain(file.relative_to(folder)) and str(file) not in known
     ]
-    if not left:
+    if not left or not known:
         return None
     return (
         f"source.path {section.paths[0]}: {len(left):,} of its files are in no split and not read, "
