@@ -8,6 +8,7 @@ the k-th of which is the k-th picture.
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,14 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.models import open_model
 from phi3v.pictures import PUBLISHED
+from phi3v.places import find_file, local_path, nearby
 from phi3v.processing import Phi3VProcessor
 from phi3v.processing.pixels import FORMATS, to_rgb
 from phi3v.processing.prompt import Message, encode_messages, image_tags, settle_tags
 from phi3v.sample import Canvas
+
+ADDRESS = re.compile(r"(?:(https?|s3|gs|ftp|file):/+|(data):(?=\w+/))", re.IGNORECASE)
+LONG = 300  # characters of a path that are shown
 
 Show = Callable[[str], None]
 
@@ -103,13 +108,15 @@ def user_turn(text: str, num_pictures: int, first: int = 1) -> Message:
     return Message(role="user", content=text)
 
 
-def open_picture(path: Path, rules: ImagesSection) -> Image.Image:
+def open_picture(path: Path | str, rules: ImagesSection, root: Path = Path()) -> Image.Image:
     """Open a picture and decode it to RGB, as `phi3v.processing.pixels` says.
+
+    path  as prepare takes it, written by another system too (phi3v/places.py)
+    root  where a relative one starts
 
     Raises: SampleError if it cannot be read, or its pixels have no agreed meaning.
     """
-    if fault := file_fault(path):
-        raise SampleError(f"{path} {fault}; name a picture")
+    path = _file(str(path), root)
     try:
         with Image.open(path, formats=FORMATS) as image:
             return to_rgb(image, rules).image
@@ -120,6 +127,21 @@ def open_picture(path: Path, rules: ImagesSection) -> Image.Image:
         raise SampleError(
             f"{path} is no picture that can be read ({reason}); name a picture"
         ) from error
+
+
+def _file(text: str, root: Path) -> Path:
+    """The file that a text names; `Path` may have taken a slash from an address."""
+    scheme = ADDRESS.match(text)
+    if scheme and (scheme[1] or scheme[2]).lower() != "file":
+        raise SampleError(f"{text[:LONG]} is an address; bring the file and name its path")
+    place = local_path(f"file://{text[scheme.end() :]}") if scheme else Path(text)
+    if found := find_file(root, str(place)):
+        return Path(found)
+    path = root / place
+    fault = file_fault(path) or "is no file"
+    close = nearby(path) if fault == "does not exist" else None
+    there = f", there is {close}" if close else ""
+    raise SampleError(f"{str(path)[:LONG]} {fault}{there}; name a picture")
 
 
 def file_fault(path: Path) -> str | None:

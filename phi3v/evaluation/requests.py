@@ -21,7 +21,15 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.ask import Asker, file_fault, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
 from phi3v.files import replacing
-from phi3v.processing.keys import FORMATS, PICTURES, as_list, check_keys, pictures_of
+from phi3v.processing.keys import (
+    FORMATS,
+    PICTURES,
+    as_list,
+    check_keys,
+    is_empty,
+    pictures_of,
+    unique,
+)
 from phi3v.processing.prompt import Message
 from phi3v.progress import progress
 
@@ -95,7 +103,8 @@ def _answer(
         results.append(result)
         try:
             values = _parse(line, number)
-            result["id"] = values.get("id", result["id"])
+            if not is_empty(values.get("id")):
+                result["id"] = values["id"]
             prompts[place] = _prompt(asker, values, root, read_messages)
         except SampleError as error:
             result["error"] = str(error)
@@ -108,7 +117,7 @@ def _answer(
 def _parse(line: str, number: int) -> dict[str, Any]:
     """Read a line of the file, which has this number there."""
     try:
-        values = json.loads(line.rstrip())
+        values = json.loads(line.rstrip(), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         reason = f"{error.msg}: column {error.colno}"
         raise SampleError(f"line {number} is no JSON: {reason}") from error
@@ -131,7 +140,7 @@ def _prompt(
     if strange := [image for image in images if not isinstance(image, str)]:
         raise SampleError(f"an image is a {type(strange[0]).__name__}, not a path")
     rules = asker.processor.rules
-    return asker.prompt(messages, [open_picture(root / image, rules) for image in images])
+    return asker.prompt(messages, [open_picture(image, rules, root) for image in images])
 
 
 def _asked(values: Mapping[str, Any]) -> tuple[list[Message], list[Any]]:

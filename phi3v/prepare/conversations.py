@@ -15,7 +15,7 @@ from phi3v.errors import ConfigError, SampleError
 from phi3v.prepare.chats import COLUMN_OF, Chat, read_chat, read_references
 from phi3v.prepare.rows import Row
 from phi3v.prepare.templates import FIELD, columns_of, fill, find, head_of, left_over, parse
-from phi3v.processing.keys import as_list, is_empty, passed_over
+from phi3v.processing.keys import PICTURE, as_list, check_keys, is_empty, passed_over
 from phi3v.processing.prompt import IMAGE_TAG, Message, image_tags, settle_tags
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 cannot
@@ -154,6 +154,8 @@ def read_conversation(row: Row, source: SourceSection) -> Conversation:
     if row.fault:
         raise SampleError(f"the row {row.fault}")
     chat = _read_chat(row.values, source)
+    for image in chat.images:
+        _check_image(image, source.ignore or ())
     references = _references(row.values, source)
     given = row_name(row.values, source)
     if given is None and source.id:
@@ -163,6 +165,13 @@ def read_conversation(row: Row, source: SourceSection) -> Conversation:
     messages = [_checked(message, position) for position, message in enumerate(chat.messages)]
     _check_turns(messages)
     return _renumbered(name, messages, chat, references)
+
+
+def _check_image(image: Any, ignored: Collection[str]) -> None:
+    """Refuse what an object says of its picture and nobody reads: a page, a crop."""
+    while isinstance(image, dict):
+        check_keys(image, PICTURE, ignored, "an image")
+        image = next((inner for inner in image.values() if isinstance(inner, dict)), None)
 
 
 def _read_chat(values: Mapping[str, Any], source: SourceSection) -> Chat:
@@ -228,7 +237,8 @@ def _references(values: Mapping[str, Any], source: SourceSection) -> tuple[str, 
     if is_columns(source):
         if not source.references:
             return ()
-        return read_references(find(values, parse(source.references, values).path))
+        found = as_list(find(values, parse(source.references, values).path))
+        return read_references([item for item in found if item is not None])
     return read_references(values.get("references"))
 
 

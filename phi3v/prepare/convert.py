@@ -45,6 +45,10 @@ def _converted(row: Row, name: str, function: Convert) -> Row:
     if not isinstance(values, dict):
         kind = type(values).__name__
         return replace(row, fault=f"cannot be converted: {name} gave a {kind}, not a dict")
+    if strange := [key for key in values if not isinstance(key, str)]:
+        return replace(
+            row, fault=f"cannot be converted: {name} gave the key {strange[0]!r}, no text"
+        )
     return replace(row, values=values)
 
 

@@ -21,13 +21,16 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import disguise, replacing, write_json
-from phi3v.prepare.places import local_path
+from phi3v.places import local_path
+from phi3v.prepare.folders import FolderRows, open_texts, reopened, texts_among
 from phi3v.prepare.tables import FEW, TableRows, open_streams
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILE_SUFFIX = re.compile(r"\.(?:[ct]sv|jsonl?|ndjson|parquet|arrow|feather|xlsx?|txt|zip|t?gz|tar)")
 PART_BYTES = 1 << 26  # of a spooled file, gathered in memory
 PROGRESS = "progress.json"
+PAGES = ("", ".md")  # of folders, that are about the data
+SAVED = ("dataset_dict.json", "state.json")  # of folders that `datasets` saved
 LONG = 300  # characters of a message of `datasets` that are shown
 
 
@@ -64,14 +67,18 @@ def hub_digest(section: SourceSection) -> str:
 
 def open_dataset(
     section: SourceSection, work: Path, state: dict[str, Any] | None = None
-) -> TableRows:
+) -> TableRows | FolderRows:
     """Open a folder or a hub dataset; `work` is where rows that are streamed are spooled.
 
     Raises: ConfigError if it cannot be read or reached, or has no such split.
     """
     path = section.paths[0]
+    if state is not None and "texts" in state:
+        return reopened(state)
     if state is not None:
         return open_streams(path, [Path(file) for file in state["files"]], state)
+    if texts := _texts(section):
+        return open_texts(texts, section.max_rows, section.delimiter)
     dataset = _load(section)
     if isinstance(dataset, datasets.Dataset):
         rows = open_streams(path, [Path(entry["filename"]) for entry in dataset.cache_files])
@@ -82,11 +89,66 @@ def open_dataset(
     return open_streams(path, spool(dataset, work / _sha256(identity)[:16], section))
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved a folder as its own."""
+    return any(folder.joinpath(name).is_file() for name in SAVED)
+
+
+def _texts(section: SourceSection) -> list[Path] | None:
+    """The text files that a split of a folder is read from; None if `datasets` reads it."""
+    path = section.paths[0]
+    folder = local_path(path)
+    if not folder.is_dir() or _is_saved(folder):
+        return None
+    builder = _builder(section)
+    files = {
+        str(name): list(map(str, of)) for name, of in (builder.config.data_files or {}).items()
+    }
+    base = section.split.partition("[")[0]
+    texts = texts_among(builder.name, files.get(base, []), folder.absolute())
+    if texts and base != section.split:
+        raise ConfigError(
+            f"source.split {section.split!r} is a part of text files in {path}, which are read "
+            "whole; write source.max_rows, or name the files in source.path"
+        )
+    return texts
+
+
+def _builder(section: SourceSection) -> datasets.DatasetBuilder:
+    path = section.paths[0]
+    with _told(path):
+        return datasets.load_dataset_builder(_named(path), section.config)
+
+
+def unread(section: SourceSection) -> str | None:
+    """How many files of a folder belong to no split, as `datasets` sees it; None if all do."""
+    folder = local_path(section.paths[0]).absolute()
+    if not folder.is_dir() or _is_saved(folder):
+        return None
+    splits = _builder(section).config.data_files or {}
+    known = {str(file) for of in splits.values() for file in of}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    files = (file for file in files if file.suffix.lower() not in PAGES)
+    left = [
+        file for file in files if _is_plain(file.relative_to(folder)) and str(file) not in known
+    ]
+    if not left or not known:
+        return None
+    return (
+        f"source.path {section.paths[0]}: {len(left):,} of its files are in no split and not read, "
+        f"such as {left[0].relative_to(folder)}"
+    )
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether no part of a path is hidden, as `.cache` is and `__MACOSX`."""
+    return not any(part.startswith((".", "__")) for part in path.parts)
+
+
 def _load(section: SourceSection) -> datasets.Dataset | datasets.IterableDataset:
     path = section.paths[0]
     with _told(path):
-        saved_names = ("dataset_dict.json", "state.json")
-        if not any(local_path(path).joinpath(name).is_file() for name in saved_names):
+        if not _is_saved(local_path(path)):
             return datasets.load_dataset(
                 _named(path),
                 section.config,
@@ -102,6 +164,11 @@ def _load(section: SourceSection) -> datasets.Dataset | datasets.IterableDataset
                 "name one in source.split"
             )
         return saved[section.split]
+    if section.split not in ("train", str(saved.split)):
+        raise ConfigError(
+            f"source.path {path} was saved as one split, so it has no '{section.split}'; write "
+            "split: train for its rows"
+        )
     return saved
 
 

@@ -28,8 +28,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from phi3v.config.dataset import ImagesSection
 from phi3v.errors import SampleError
 from phi3v.files import HEAD, disguise_of
+from phi3v.places import find_file, local_path, nearby
 from phi3v.prepare.fetch import ImageCache
-from phi3v.prepare.places import find_file, local_path, nearby
 from phi3v.prepare.web import has_image_signature, shown_url
 from phi3v.processing.pixels import (
     FORMATS,

@@ -9,10 +9,10 @@ import numpy as np
 from phi3v.config import DatasetConfig
 from phi3v.config.dataset import SourceSection, SplitSection
 from phi3v.errors import SampleError
+from phi3v.places import local_path
 from phi3v.prepare.conversations import Conversation, read_conversation
 from phi3v.prepare.fetch import ImageCache
 from phi3v.prepare.images import ImageLoader
-from phi3v.prepare.places import local_path
 from phi3v.prepare.plan import Chunk, Plan, WorkFolder
 from phi3v.prepare.rows import Row
 from phi3v.prepare.samples import SampleBuilder

@@ -39,6 +39,7 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
     files = _Digests(known)
     digests = [source_digest(section, files.digest) for section in cfg.sources]
     files.save()
+    _refuse_same_rows(cfg, digests)
     recipe["inputs"] = {
         "source": digests[0] if len(digests) == 1 else digests,
         **{name: sha256(model_file(cfg.model, name)) for name in MODEL_FILES},
@@ -48,6 +49,19 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
     if functions := [convert_digest(s.convert) for s in cfg.sources if s.convert]:
         recipe["inputs"]["convert"] = functions[0] if len(functions) == 1 else functions
     return recipe
+
+
+def _refuse_same_rows(cfg: DatasetConfig, digests: list[str]) -> None:
+    """Refuse rows held out that are the rows trained on: the same file, a copy, the same split."""
+    rows = [(digest, s.split) for digest, s in zip(digests, cfg.sources, strict=True)]
+    divided, held_out = rows[: cfg.first_held_out], rows[cfg.first_held_out :]
+    for row, section in zip(held_out, cfg.sources[cfg.first_held_out :], strict=True):
+        if row in divided:
+            raise ConfigError(
+                f"split.validation names {section.path}, which holds the very rows of source.path "
+                f"{cfg.sources[divided.index(row)].path}; name others, or hold out a share of "
+                "these, as 0.1"
+            )
 
 
 def _without_later(source: Any) -> Any:
@@ -121,9 +135,8 @@ def make_plan(
         if plan := work.read_plan(recipe):
             return plan
         sources = [_open(cfg, number, work) for number in range(len(cfg.sources))]
-        for remark in dict.fromkeys(source.remark for source in sources):
-            if remark:
-                say(remark)
+        for remark in dict.fromkeys(remark for source in sources for remark in source.remarks):
+            say(remark)
         states = tuple(source.state() for source in sources)
         plan = Plan(recipe, states, tuple(source.num_rows for source in sources))
         work.write_plan(plan)

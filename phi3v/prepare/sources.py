@@ -12,18 +12,20 @@ rejected and counted; a file that cannot be cut into rows is refused.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import disguise, sha256
+from phi3v.places import local_path, nearby
 from phi3v.prepare.convert import converted
-from phi3v.prepare.hub import hub_digest, is_hub_name, open_dataset
-from phi3v.prepare.places import local_path, nearby
+from phi3v.prepare.folders import FolderRows
+from phi3v.prepare.hub import hub_digest, is_hub_name, open_dataset, unread
 from phi3v.prepare.rows import Row, Rows
 from phi3v.prepare.tables import open_table
-from phi3v.prepare.text import KINDS, TextRows, open_text, usual_delimiter
+from phi3v.prepare.text import KINDS, MARK, TextRows, open_text, usual_delimiter
 
 SUFFIXES = (*KINDS, ".parquet", ".arrow")
 
@@ -41,15 +43,26 @@ class Source:
         return self.section.paths[0]
 
     @property
-    def remark(self) -> str | None:
-        """What was guessed of the source, to be said; None if nothing was."""
-        if not isinstance(self.rows, TextRows) or self.section.delimiter is not None:
+    def remarks(self) -> list[str]:
+        """What was guessed of the source, or is not read of it, to be said."""
+        return [remark for remark in (self._delimiter, unread(self.section)) if remark]
+
+    @property
+    def _delimiter(self) -> str | None:
+        if self.section.delimiter is not None:
             return None
-        if self.rows.delimiter == usual_delimiter(self.rows.path):
+        texts = self.rows.files if isinstance(self.rows, FolderRows) else [self.rows]
+        guessed = (
+            file
+            for file in texts
+            if isinstance(file, TextRows) and file.delimiter != usual_delimiter(file.path)
+        )
+        if (first := next(guessed, None)) is None:
             return None
+        path = first.path if isinstance(self.rows, FolderRows) else self.path
         return (
-            f"source.path {self.path}: its first line is read as {len(self.rows.header)} columns "
-            f"separated by {self.rows.delimiter!r}; source.delimiter says otherwise"
+            f"source.path {path}: its first line is read as {len(first.header)} columns "
+            f"separated by {first.delimiter!r}; source.delimiter says otherwise"
         )
 
     @property
@@ -60,10 +73,20 @@ class Source:
 
     @property
     def columns(self) -> tuple[str, ...] | None:
-        """Names in the first row that can be read, None if there is no such row."""
+        """Names in the first rows that can be read, None if there is no such row.
+
+        Of a table and of a CSV all rows have those of the first; objects of JSON need not.
+        """
         rows = self.read(0, self.num_rows)
         usable = (row for row in rows if not row.fault and not row.is_left_out)
-        return next((tuple(row.values) for row in usable), None)
+        names = dict.fromkeys(chain.from_iterable(row.values for row in islice(usable, self._few)))
+        return tuple(names) or None
+
+    @property
+    def _few(self) -> int:
+        """Rows that tell the columns."""
+        has_objects = isinstance(self.rows, TextRows | FolderRows) or self.section.convert
+        return MARK if has_objects else 1
 
     def read(self, start: int, stop: int) -> Iterator[Row]:
         """Read the rows from `start` to before `stop`, or to the last.
@@ -86,9 +109,31 @@ def open_source(section: SourceSection, work: Path, state: dict[str, Any] | None
     path = check_source(section.paths[0])
     if path is None or path.is_dir():
         return Source(section, open_dataset(section, work, state))
+    _refuse_unread(section, path)
     if path.suffix.lower() in KINDS:
         return Source(section, open_text(path, section.max_rows, state, section.delimiter))
     return Source(section, open_table(path, state))
+
+
+def _refuse_unread(section: SourceSection, path: Path) -> None:
+    """Refuse what a recipe says of a file that files do not have."""
+    said: dict[str, Any] = {
+        "config": section.config,
+        "revision": section.revision,
+        "split": section.split,
+    }
+    said |= {"streaming": section.streaming or None, "delimiter": section.delimiter}
+    if section.split == "train":
+        del said["split"]
+    if path.suffix.lower() in (".csv", ".tsv"):
+        del said["delimiter"]
+    for key, value in said.items():
+        if value is not None:
+            raise ConfigError(
+                f"source.{key} {value!r} has no meaning for {section.paths[0]}, a "
+                f"'{path.suffix}' file, all of whose rows are read; remove it, or name the file or "
+                "dataset that has it"
+            )
 
 
 def check_source(path: str | Path) -> Path | None:

@@ -14,11 +14,15 @@ int 12, a float 12.5, a decimal 12.50; so are True and False, 2024-05-01 and 202
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, time, timedelta
 from decimal import Decimal
 from functools import lru_cache
 from math import isinf
+from numbers import Real
 from string import ascii_uppercase
 from typing import Any
+
+import numpy as np
 
 from phi3v.errors import SampleError
 from phi3v.prepare.rows import ClassName
@@ -28,6 +32,9 @@ FIELD = re.compile(r"\{(\w[^{}]*)\}")  # {title}, {Full Price}; not {"title": 1}
 STEP = re.compile(r"\.([^.\[\]]+)|\[([^\[\].]*)\]")
 NESTED = re.compile(rf"([^.\[\]]+)(?:{STEP.pattern})+")  # answers[0], query.en, pages[1].text
 FORMS = ("letters", "letter", "commas")
+PLAIN = (str, Real, Decimal, date, time, timedelta, np.bool_, np.datetime64, np.timedelta64)
+"""Types of values that have a text; np.float32 and np.int64 are Real."""
+
 FILLED = "\0"  # stands for a field while what is left of a template is looked at
 OPEN = re.compile(r"\{(?!\s*[\"'])")  # an object of JSON begins with the quote of a key
 
@@ -101,7 +108,7 @@ def _text(values: Mapping[str, Any], text: str) -> str:
         raise SampleError(f"column '{name.path}' is empty")
     if name.form:
         return _formed(name, value)
-    if isinstance(value, list | dict | bytes):
+    if not isinstance(value, PLAIN):
         raise SampleError(
             f"column '{text}' is no text: a {type(value).__name__}; a list's first is {{{text}[0]}}"
             f", a field {{{text}.name}}, a list in a line {{{text}:commas}}"
@@ -110,7 +117,7 @@ def _text(values: Mapping[str, Any], text: str) -> str:
 
 
 def _plain(path: str, value: Any) -> str:
-    if isinstance(value, float) and isinf(value):
+    if isinstance(value, Real | Decimal) and isinf(value):
         raise SampleError(f"column '{path}' is not finite: {value}; leave it empty")
     return format(value, "f") if isinstance(value, Decimal) else str(value)
 
@@ -118,8 +125,11 @@ def _plain(path: str, value: Any) -> str:
 def _formed(name: Name, value: Any) -> str:
     if name.form == "letter":
         return _letter(name.path, value)
-    if not isinstance(value, list) or any(isinstance(item, list | dict | bytes) for item in value):
+    is_list = isinstance(value, list)
+    if not is_list or any(not isinstance(item, PLAIN) for item in value if item is not None):
         raise SampleError(f"column '{name.path}' is not a list of texts, as :{name.form} needs")
+    if empty := [place for place, item in enumerate(value) if is_empty(item)]:
+        raise SampleError(f"column '{name.path}' has nothing at place {empty[0]} of its list")
     items = [_plain(name.path, item) for item in value]
     if name.form == "commas":
         return ", ".join(items)
@@ -147,7 +157,8 @@ def _index(value: Any) -> int | None:
 def find(values: Mapping[str, Any], path: str) -> Any:
     """A column's value, or what stands within it: query.en of {"query": {"en": "Hi"}} is Hi.
 
-    `answers[].text` is the list of the texts of all answers. None where there is nothing.
+    `answers[].text` is the list of the texts of all answers, with None in the place of one that has
+    none, [] where no answer has. None where there is nothing.
     """
     head = head_of(path, values)
     steps = STEP.findall(path[len(head) :]) if head != path else []
@@ -161,7 +172,7 @@ def _within(value: Any, steps: list[tuple[str, str]], values: Mapping[str, Any],
         elif not index and isinstance(value, list):
             rest = steps[number + 1 :]
             found = [_within(item, rest, values, path) for item in value]
-            return [item for item in found if not is_empty(item)]
+            return [] if all(map(is_empty, found)) else found
         else:
             value = _item(value, index, values)
     return value

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 from phi3v.errors import ConfigError
 from phi3v.prepare.rows import Row
+from phi3v.processing.keys import unique
 
 DELIMITERS = (",", ";", "\t", "|")  # that a first line may tell
 MARK = 256  # rows from one marked place to the next
@@ -25,7 +26,8 @@ LOOKAHEAD = 16  # characters: none of JSON's words and numbers cut by a block's 
 DEEPEST = 100  # lists and objects in each other
 TOO_DEEP = "is not valid JSON: it is nested too deeply"
 WHITE = re.compile(r"[ \t\n\r]*")
-DECODER = json.JSONDecoder()
+LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|\Z)")
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 Place = Sequence[int]
 """Where a record starts: what its file's `seek` takes, and the lines before it."""
@@ -114,15 +116,17 @@ def usual_delimiter(path: Path) -> str:
 
 
 def _tell_delimiter(path: Path) -> str:
-    """The usual delimiter, unless the first line has none of it and another makes columns of it."""
+    """The usual delimiter, unless the first line has none of it between quotes' ends, and another
+    makes columns of it.
+    """
     usual = usual_delimiter(path)
     counts = {}
     for delimiter in dict.fromkeys((usual, *DELIMITERS)):
         with closing(CsvRecords(path, (0, 0), delimiter)) as records:
             _, fields, fault = next(records, (1, [], None))
             counts[delimiter] = len(fields) if not fault else 0
-    is_sound = counts[usual] == 1  # not torn by quotes, nor of several columns already
-    return max(counts, key=lambda each: counts[each]) if is_sound else usual
+    best = max(counts, key=lambda each: counts[each])
+    return best if counts[usual] < 2 <= counts[best] else usual
 
 
 def _is_csv(path: Path) -> bool:
@@ -211,6 +215,11 @@ class LineRecords:
 
     def __init__(self, path: Path, place: Place) -> None:
         self.file = path.open("rb")
+        if LIST.match(self.file.readline(BLOCK)):
+            raise ConfigError(
+                f"source.path {path} starts with a list of rows, where one row per line belongs; "
+                f"name it {path.with_suffix('.json').name}"
+            )
         self.file.seek(place[0])
         self.lines = place[1]  # before the next
 
@@ -232,7 +241,7 @@ class LineRecords:
 def _line_row(number: int, record: tuple[int, bytes], _: Sequence[str]) -> Row:
     line, text = record
     try:
-        return _object_row(number, json.loads(text), line)
+        return _object_row(number, json.loads(text, object_pairs_hook=unique), line)
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         return Row(number, fault=f"is not valid JSON: {error}", line=line)
     except RecursionError:
@@ -335,8 +344,8 @@ class ListRecords:
                     continue
                 self.position = error.pos
                 self._refuse(error.msg)
-            except ValueError:
-                self._refuse("a number has too many digits")  # 4,300 are Python's limit
+            except ValueError as error:  # a key is there twice, or a number has 4,300 digits
+                self._refuse(str(error))
             except RecursionError:
                 self._refuse("a row is nested too deeply")
             if self._is_near_end(end) and self._read_on():

@@ -50,7 +50,7 @@ class Typed:
 
 def _holds_floats(kind: pa.DataType) -> bool:
     """Whether a type is or holds float32."""
-    if isinstance(kind, pa.BaseExtensionType):
+    if _is_odd(kind):
         return False
     return kind == pa.float32() or any(
         _holds_floats(kind.field(k).type) for k in range(kind.num_fields)
@@ -81,13 +81,35 @@ def _with_floats_as(kind: pa.DataType, leaf: pa.DataType) -> pa.DataType:
     return pa.list_(_with_floats_as(kind.value_type, leaf)) if pa.types.is_list(kind) else kind
 
 
-def _halves(kind: pa.DataType) -> Mend | None:
-    """What shortens the float16 in values of a type, whose texts Arrow does not shorten."""
+def _is_odd(kind: pa.DataType) -> bool:
+    """Whether Arrow casts no texts to and from a type: an Array2D of `datasets`, a dictionary."""
+    return (
+        isinstance(kind, pa.BaseExtensionType)
+        or pa.types.is_dictionary(kind)
+        or pa.types.is_run_end_encoded(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    )
+
+
+def _halves(kind: pa.DataType, is_odd: bool = False) -> Mend | None:
+    """What shortens the float16 in values of a type, whose texts Arrow does not shorten, and the
+    float32 in types that it does not cast.
+    """
+    is_odd = is_odd or _is_odd(kind)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _halves(kind.storage_type, is_odd)
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _halves(kind.value_type, is_odd)
     if kind == pa.float16():
         return lambda value: None if value is None else float(str(np.float16(value)))
+    if kind == pa.float32() and is_odd:
+        return lambda value: None if value is None else float(str(np.float32(value)))
     if pa.types.is_struct(kind):
-        return _of_members({f.name: m for f in kind.fields if (m := _halves(f.type))})
-    if kind.num_fields == 1 and (inner := _halves(kind.field(0).type)):
+        return _of_members({f.name: m for f in kind.fields if (m := _halves(f.type, is_odd))})
+    if pa.types.is_map(kind):
+        return _of_pairs(_halves(kind.key_type, is_odd), _halves(kind.item_type, is_odd))
+    if kind.num_fields == 1 and (inner := _halves(kind.field(0).type, is_odd)):
         return _of_items(inner)
     return None
 
@@ -136,6 +158,18 @@ def _of_items(mend: Mend | None) -> Mend | None:
     if mend is None:
         return None
     return lambda value: [mend(item) for item in value] if isinstance(value, list) else mend(value)
+
+
+def _of_pairs(of_key: Mend | None, of_item: Mend | None) -> Mend | None:
+    """Of a map, whose values are pairs."""
+    if of_key is None and of_item is None:
+        return None
+    key, item = of_key or _kept, of_item or _kept
+    return lambda value: value and [(key(k), item(v)) for k, v in value]
+
+
+def _kept(value: Any) -> Any:
+    return value
 
 
 def _of_members(mends: dict[str, Mend]) -> Mend | None:

@@ -7,8 +7,12 @@ would have changed the sample; a key that says nothing (null, an empty list) is 
 recipe's `source.ignore` names what may be passed over. docs/data.md shows these tables.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from itertools import chain
+from numbers import Number
 from typing import Any
 
 from phi3v.errors import SampleError
@@ -33,6 +37,27 @@ PROVENANCE = (
 
 FILMS = ("video", "videos", "video_path", "film", "films")
 SOUNDS = ("audio", "audios", "audio_path", "sound", "sounds", "speech")
+
+MEDIA = re.compile(
+    r"\S{1,4096}\.(?:(?P<still>png|jpe?g|jfif|webp|gif|bmp|tiff?|avif|heic|svg)"
+    r"|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg|m4a)(?:\?\S*)?",
+    re.IGNORECASE,
+)
+"""The path or address of a picture (`still`), film or sound."""
+
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+CODED = ("data:image/", "iVBORw0KGgo", "/9j/4")
+"""What files of pictures begin with, as bytes and as text."""
+
+
+def _folded(key: str) -> str:
+    """A key by its letters alone: imgPath, img_path and IMG_PATH2 are imgpath."""
+    return re.sub(r"[\W\d_]", "", key.lower())
+
+
+OTHER_PICTURES = ("photo", "photos", "img_path", "img_url", "image_bytes", "image_file")
+STILL = frozenset(map(_folded, (*PICTURES, *OTHER_PICTURES)))
+MOVING = frozenset(map(_folded, (*FILMS, *SOUNDS, "video_url", "audio_url", "speech")))
 
 _PREFERENCE = "pairs of better and worse answers are not trained on"
 _TOOLS = "tools are not taught"
@@ -108,6 +133,13 @@ by the names in the recipe, and may hold others."""
 URL = {"url": "the picture's address", "detail": _PART["detail"]}
 """What an image of a part may hold, where it is an object of its own."""
 
+PICTURE = {
+    **dict.fromkeys(("bytes", "path", "url", "image_url"), "the picture; the first of these"),
+    "detail": _PART["detail"],
+    **_PROVENANCE,
+}
+"""What a picture may hold that is an object of its own, as an Image of `datasets`."""
+
 ROW_KEYS = frozenset(key for known in FORMATS.values() for key in known.row)
 """The keys of a row that some format reads."""
 
@@ -123,10 +155,32 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON that these pairs make; for json's object_pairs_hook, which would let the
+    last of two values win.
+
+    Raises: ValueError if a key is there twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(
+            f"an object has the key {next(k for k in keys if keys.count(k) > 1)!r} twice"
+        )
+    return values
+
+
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing: None, NaN, white space, or an empty list."""
-    is_nan = isinstance(value, float) and value != value
-    return value is None or is_nan or value == [] or (isinstance(value, str) and not value.strip())
+    """Whether a field holds nothing: None, NaN, white space, an empty list, or an object of such
+    fields, as tables write a picture that is not there: {"bytes": None, "path": None}.
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, dict):
+        return bool(value) and all(map(is_empty, value.values()))
+    if isinstance(value, Number | date):  # NaN and NaT, which numpy and pandas have too
+        return bool(value != value)
+    return value is None or (isinstance(value, list | bytes) and not value)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -171,10 +225,27 @@ def pictures_of(values: Mapping[str, Any], ignored: Collection[str]) -> tuple[st
 
 
 def passed_over(values: Mapping[str, Any], named: Collection[str], shows: bool) -> str | None:
-    """The key of a picture, film or sound that a row of columns has and the recipe does not name.
+    """The key of a picture, film or sound that a row of columns has and the recipe does not name:
+    by its name, as image, Image_2, imgPath, or by what it holds.
 
     shows  whether the recipe shows pictures; which of them it shows is its own choice
     """
-    kinds = (*FILMS, *SOUNDS) if shows else (*FILMS, *SOUNDS, *PICTURES)
-    found = (key for key in kinds if key in values and key not in named)
-    return next((key for key in found if not is_empty(values[key])), None)
+    others = {key: v for key, v in values.items() if key not in named and not is_empty(v)}
+    kinds = MOVING if shows else MOVING | STILL
+    by_name = (key for key in others if _folded(key) in kinds)
+    by_value = (key for key in others if any(_holds(v, shows) for v in as_list(others[key])))
+    return next(chain(by_name, by_value), None)
+
+
+def _holds(value: Any, shows: bool) -> bool:
+    """Whether a value is a film or sound; or a picture, where none is shown."""
+    if isinstance(value, str):
+        name = MEDIA.fullmatch(value)
+        is_still = value.startswith(CODED) if name is None else name["still"]
+        return not (shows and is_still) and bool(name or is_still)
+    if isinstance(value, dict):  # as `datasets` keeps an Image, Audio or Video
+        path, data = value.get("path"), value.get("bytes")
+        is_file = "bytes" in value and value.keys() <= {"bytes", "path"}
+        is_moving = isinstance(path, str) and _holds(path, shows=True)
+        return is_file and (is_moving or (not shows and not is_empty(data or path)))
+    return not shows and isinstance(value, bytes) and value.startswith(SIGNATURES)

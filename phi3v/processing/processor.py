@@ -228,6 +228,7 @@ def open_tokenizer(model: str | Path) -> PreTrainedTokenizerFast:
 
     Raises: ConfigError if its file is missing or is no tokenizer.
     """
+    model_file(str(model), "tokenizer_config.json")  # without which the library stumbles
     file = model_file(str(model), "tokenizer.json")
     try:
         return PreTrainedTokenizerFast.from_pretrained(model)
@@ -270,7 +271,7 @@ def check_content(file: Path) -> None:
     if file.suffix != ".json" or file.name == "tokenizer.json":  # see open_tokenizer
         return
     try:
-        json.loads(file.read_bytes())
+        json.loads(file.read_text(encoding="utf-8"))  # bytes might have a mark that others choke on
     except ValueError as error:
         size = file.stat().st_size
         raise ConfigError(

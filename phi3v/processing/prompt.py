@@ -27,13 +27,19 @@ from phi3v.sample import IGNORED
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 PLAIN_TAG = "<image>"
-# What other projects write where a picture, film or sound stands. <|image_1|> is ours; what almost
-# looks like it is text.
+# What other projects write where a picture, film or sound stands, in any case, with a number or
+# attributes: <Image 1>, <|vision_start|>, <img src="a.png">, [IMG], &lt;image&gt;, ![](a.png).
+# <|image_1|> is ours.
+_WORD = r"(?:image|img|picture|photo|video|audio|sound|speech|vision)"
 STRAY_TAG = re.compile(
-    r"</?(?:[Ii]mage|[Ii]mg|[Pp]icture|[Vv]ideo|[Aa]udio|[Ss]ound|[Ss]peech)(?:[_-]?\d+)?>"
-    r"|<(?:image|img|video|audio)_(?:pad|placeholder|soft_token|start|end)>|<ImageHere>|\[IMG\]"
-    r"|<\|/?(?:image|img|video|audio|vision)(?:_(?:pad|start|end))?\|>|<\|(?:video|audio)_\d+\|>"
+    rf"(?!(?-i:<\|image_\d+\|>))(?:<|&lt;)[|/]*\s*(?:\w+_|(?:start|begin|end)of)?(?P<word>{_WORD})\w*"
+    r"(?:[\s:=-]+\w[\w./-]*|\s+[\w:-]+\s*=[^<>]*)?\s*[|/\\]*(?:>|&gt;)"
+    rf"|(?<![\w)(\]])\[/?(?P<square>{_WORD})(?:[\s_-]?\d+|(?-i:_[A-Z]+))?\]"
+    r"|<im_(?:start|end|patch)>"
+    r"|!\[[^\[\]]*\]\([^()\s]+(?:\s[^()]*)?\)",
+    re.IGNORECASE,
 )
+LONG_TAG = 60  # characters of one that are shown
 # What a control token may swallow beside it: white space by Unicode, not by `str.isspace`, which
 # adds the separators \x1c to \x1f.
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -77,14 +83,14 @@ def settle_tags(texts: Sequence[str], first: int = 1, as_text: Collection[str] =
     """Number the plain tags of a chat: the k-th <image> of all its texts is <|image_k|>.
 
     first    number of the first
-    as_text  tags that are text here
+    as_text  tags that are text here; <img> stands for each that is one, <img src="a.png">, too
 
     ["Is <image>", "or <image>?"] -> ["Is <|image_1|>", "or <|image_2|>?"]
 
     Raises: SampleError if numbered tags stand beside plain ones, or a tag is left that no picture
     answers to: <video>, <|image|>.
     """
-    if not any("<" in text or "[" in text for text in texts):
+    if not any(mark in text for text in texts for mark in ("<", "[", "&lt;")):
         return list(texts)
     if PLAIN_TAG not in as_text and any(PLAIN_TAG in text for text in texts):
         if any(IMAGE_TAG.search(text) for text in texts):
@@ -94,13 +100,23 @@ def settle_tags(texts: Sequence[str], first: int = 1, as_text: Collection[str] =
         numbers = count(first)
         texts = [_numbered(text, numbers) for text in texts]
     for position, text in enumerate(texts):
-        for tag in STRAY_TAG.findall(text):
-            if tag not in as_text:
+        for tag in STRAY_TAG.finditer(text):
+            if tag[0] not in as_text and _plain_form(tag) not in as_text:
                 raise SampleError(
-                    f"a tag stands for nothing: {tag} in message {position}; pictures stand where "
-                    f"{PLAIN_TAG} or <|image_1|> is, films and sounds are not read"
+                    f"a tag stands for nothing: {tag[0][:LONG_TAG]} in message {position}; "
+                    f"pictures stand where {PLAIN_TAG} or <|image_1|> is, films and sounds are not "
+                    "read"
                 )
     return list(texts)
+
+
+def _plain_form(tag: re.Match[str]) -> str:
+    """What a tag is called without number and attributes: <img>, [img], ![]()."""
+    if word := tag["word"]:
+        return f"<{word.lower()}>"
+    if square := tag["square"]:
+        return f"[{square.lower()}]"
+    return "![]()" if tag[0].startswith("!") else tag[0]
 
 
 def _numbered(text: str, numbers: Iterator[int]) -> str:

@@ -199,6 +199,20 @@ def test_a_file_of_a_model_that_is_not_what_its_name_says_is_named(
     assert str(caught.value).startswith(str(folder / name))
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_a_file_of_a_model_with_a_byte_order_mark_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    with pytest.raises(ConfigError, match=f"{name} is not valid JSON .Unexpected UTF-8 BOM"):
+        Phi3VProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "config.json"])
+def test_a_file_that_a_model_lacks_is_named(folder: Path, name: str) -> None:
+    (folder / name).rename(folder / name.upper())
+    with pytest.raises(ConfigError, match=f"model {folder} has no {name}; name a model folder"):
+        Phi3VProcessor.from_pretrained(folder)
+
+
 def test_weights_that_are_a_pointer_say_so(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is a pointer of git-lfs, not"):

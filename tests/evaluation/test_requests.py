@@ -9,12 +9,12 @@ import pytest
 
 from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation import requests
-from phi3v.evaluation.ask import Asker
+from phi3v.evaluation.ask import Asker, open_shown
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.requests import answer_file, check_files
 from phi3v.prepare.chats import read_messages
 from phi3v.processing import Phi3VProcessor
-from tests.tiny import write_jsonl
+from tests.tiny import write_jsonl, write_picture
 
 Answer = Callable[..., list[dict[str, Any]]]
 
@@ -133,6 +133,7 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         '{"id": "end", "messages": [{"role": "assistant", "content": "So."}]}',
         json.dumps({"id": "long", "prompt": "word " * 5000}),
         "",
+        '{"id": "twice", "prompt": "Hi", "prompt": "Ho"}',
         '{"id": "good too", "prompt": "Hi"}',
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -166,6 +167,7 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         "tags": "do not number 0 images",
         "end": "nothing that asks for an answer",
         "long": "prompt is too long",
+        "25": "line 25 is no JSON that can be read: an object has the key 'prompt' twice",
     }
     assert list(found) == ["good", *reasons, "good too"]
     for name, reason in reasons.items():
@@ -194,3 +196,31 @@ def test_files_that_cannot_be_used_are_refused(
     for out in ("z.jsonl", "folder/old.jsonl"):
         check_files(Path("in.jsonl"), Path(out))
     assert not Path("none").exists() and not Path("z.jsonl").exists()
+
+
+def test_pictures_are_found_as_prepare_finds_them(asker: Asker, tmp_path: Path) -> None:
+    write_picture(tmp_path / "red hats/a b.png")
+    names = ["red hats/a b.png", "red%20hats/a%20b.png", "red hats\\a b.png"]
+    names.append((tmp_path / "red hats/a b.png").as_uri())
+    wrong = {
+        "red hats/A B.PNG": f"does not exist, there is {tmp_path / 'red hats/a b.png'}; name a",
+        "https://a.b/c.png": "https://a.b/c.png is an address; bring the file and name its path",
+        "data:image/png;base64,AAAA": "data:image/png;base64,AAAA is an address; bring the file",
+        "red hats": f"{tmp_path / 'red hats'} is a folder; name a picture",
+    }
+    rows = [{"id": None, "prompt": "What?", "images": [name]} for name in [*names, *wrong]]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    with pytest.raises(SampleError, match="4 of 8 rows"):
+        answer_file(asker, source, tmp_path / "out.jsonl", read_messages)
+    found = list(map(json.loads, (tmp_path / "out.jsonl").read_text("utf-8").splitlines()))
+    assert [row["id"] for row in found] == [str(number) for number in range(1, 9)]
+    assert len({row["prediction"] for row in found[:4]}) == 1
+    for row, reason in zip(found[4:], wrong.values(), strict=True):
+        assert reason in row["error"]
+
+
+def test_a_picture_of_the_command_line_may_be_an_address_of_a_file(tmp_path: Path) -> None:
+    write_picture(tmp_path / "a b.png")
+    assert open_shown(Path((tmp_path / "a b.png").as_uri())).size
+    with pytest.raises(ConfigError, match=r"--image https:/a.b/c.png is an address; bring"):
+        open_shown(Path("https://a.b/c.png"))

@@ -27,6 +27,7 @@ HALF = "a text holds half of a surrogate pair: "
 LONG = "too many tokens: "
 NOT_JSON = "the row is not valid JSON: "
 NO_MESSAGES = "'messages' is not a list of messages"
+TWICE = "the row is not valid JSON: an object has the key 'messages' twice"
 NO_CONTENT = "a message has no 'role' and 'content' text"
 KEY = "a key is not understood: "
 STRAY = "a tag stands for nothing: "
@@ -44,7 +45,7 @@ SPOKEN: list[str] = [
         "\ue000",
     ),
     *("{title} {0} {}", "%s %n", "\\x00 \\ud83d \\", "</script>", "'; DROP", "=1+1", "x" * 1500),
-    *("<|image_|>", "<|image_1", "<| image_1 |>", "<|Image_1|>", "<image", "<|image_-1|>"),
+    *("<|image_1", "<image", "image_1|>", "< i >"),
 ]
 EMPTY = ("", " ", "\n\t\r", "\x1c\x1f", "\u3000\u2003\xa0\x85")
 HALVES = ("\ud83d", "a\udc00b", "\udc00\ud83d")
@@ -187,7 +188,15 @@ def keys_and_tags(image: Reference) -> Iterator[Animal]:
         named = turn("Hi", "This.")
         named["messages"][1][key] = {"x": 1}
         yield Animal(named, KEY)
-    for tag in ("<video>", "<audio>", "<img>", "<|image|>", "<|video_1|>", "<ImageHere>"):
+    for tag in (
+        "<video>",
+        "<audio>",
+        "<img>",
+        "<|image|>",
+        "<|video_1|>",
+        "<ImageHere>",
+        "<|image_|>",
+    ):
         yield Animal(turn(f"What? {tag}", "This."), STRAY)
         yield Animal(turn("What?", f"This. {tag}"), STRAY)
     for key in TRAINED:
@@ -220,8 +229,8 @@ def lines(random: Random) -> Iterator[Animal]:
         yield Animal(f'{{"x": {value}, {plain[1:]}'.encode(), NOT_JSON)
         yield Animal(f'{{"id": {value}, {plain[1:]}'.encode(), NOT_JSON)
     yield Animal(_nested(10_000).encode(), NOT_JSON)
-    yield Animal(f'{{"messages": 7, {plain[1:]}'.encode())  # of equal names the last counts
-    yield Animal(f'{plain[:-1]}, "messages": 7}}'.encode(), NO_MESSAGES)
+    yield Animal(f'{{"messages": 7, {plain[1:]}'.encode(), TWICE)
+    yield Animal(f'{plain[:-1]}, "messages": 7}}'.encode(), TWICE)
     for line in (b"\0" * 9, b"//", b"{},", b"{}{}", b"\xff" * 9, b"\\", b"undefined"):
         yield Animal(line, NOT_JSON)
     for _ in range(200):

@@ -97,5 +97,6 @@ def _encoded(data: bytes) -> Iterator[Reference]:
 
 def _nothing() -> Iterator[Reference]:
     """Values of no type that could name an image."""
-    values = [None, 0, 7, 1.5, True, [], ["a.png"], {}, {"path": None}, {"bytes": []}, {"a": "b"}]
+    values = [None, 0, 7, 1.5, True, [], ["a.png"], {}, {"path": None}, {"bytes": []}]
     yield from (Reference(value, NO_PATH) for value in values)
+    yield Reference({"a": "b"}, "a key is not understood: 'a' of an image; ")

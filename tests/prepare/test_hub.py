@@ -150,8 +150,8 @@ def test_a_spool_that_was_stopped_goes_on_where_it_was(
 
 def test_files_of_other_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
-    (tmp_path / "mixed/a.jsonl").write_text('{"a": 1}\n' * 3)
-    (tmp_path / "mixed/b.jsonl").write_text('{"b": "x"}\n' * 2)
+    datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "mixed/a.parquet")
+    datasets.Dataset.from_dict({"b": ["x"]}).to_parquet(tmp_path / "mixed/b.parquet")
     message = refusal(tmp_path / "mixed", tmp_path / "work", streaming=True)
     assert "Couldn't cast b: string" in message and "\n" not in message
 

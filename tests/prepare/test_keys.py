@@ -149,7 +149,25 @@ def test_a_system_text_that_is_told_twice_is_refused() -> None:
     assert reason(row).startswith("a row has its system text twice: ")
 
 
-STRAY = ["<video>", "<audio>", "<img>", "<|image|>", "</img>", "<|video_1|>", "<|image_pad|>"]
+STRAY = [
+    *("<video>", "<audio>", "<img>", "<|image|>", "</img>", "<|video_1|>", "<|image_pad|>"),
+    *('<img src="a.png">', "<IMAGE>", "<image/>", "<image />", "< image >", "<image id=1>"),
+    *("<|Image_1|>", "<|IMAGE_1|>", "<|image 1|>", "<|image1|>", "<| image_1 |>", "<image:1>"),
+    *("<start_of_image>", "<|begin_of_image|>", "<IMG_CONTEXT>", "<im_patch>", "<ImageContent>"),
+    *("[IMG]", "[IMAGE]", "[image]", "[image_1]", "[IMG_BREAK]", "![a cap](a.png)", "![](a.png)"),
+    *('<video src="x.mp4">', "<AUDIO>", "<Picture 1>", "&lt;image&gt;", "\\<image\\>", "<image\n>"),
+]
+NO_TAG = [
+    *("if x < image_width && y > 0", "x<image && y>3", "a[image]", "f([image])", "imgs[img_path]"),
+    *(
+        "a < image and sound > b",
+        "[link](a.html)",
+        "<b>image</b>",
+        "<div class='image'>",
+        "<|end|>",
+    ),
+    *("<pilgrimage>", "[soundtrack]", "<audience>", "<|im_start|>user", "[Image: a cat]", "<image"),
+]
 
 
 @pytest.mark.parametrize("name", [*CHATS, "columns"])
@@ -160,9 +178,25 @@ def test_a_tag_that_no_picture_answers_to_is_refused_in_every_format(name: str, 
         row: Values = {"q": f"{tag} What?"}
     else:
         section, row = {"format": name}, with_question(name, f"{tag} What?")
-    assert reason(row, **section).startswith(f"a tag stands for nothing: {tag} in message 0")
-    as_text = read(row, **section, ignore=(tag,))
+    shown = tag.removeprefix("\\")
+    assert reason(row, **section).startswith(f"a tag stands for nothing: {shown} in message 0")
+    as_text = read(row, **section, ignore=(shown,))
     assert as_text.messages[0]["content"] == f"{tag} What?"
+
+
+@pytest.mark.parametrize("text", NO_TAG)
+def test_what_is_no_tag_is_text(text: str) -> None:
+    row = turn(f"{text} What?", text)
+    assert [message["content"] for message in read(row).messages] == [f"{text} What?", text]
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [('<IMG src="a.png">', "<img>"), ("![a](b.png)", "![]()"), ("[IMG 2]", "[img]")],
+)
+def test_a_tag_is_ignored_by_its_name_whatever_is_in_it(tag: str, name: str) -> None:
+    assert read(turn(tag, "Ho"), ignore=(name,)).messages[0]["content"] == tag
+    assert reason(turn(tag, "Ho"), ignore=("<video>",)).startswith("a tag stands for nothing: ")
 
 
 def test_plain_tags_of_templates_are_pictures_in_their_order() -> None:
@@ -178,15 +212,88 @@ def test_plain_tags_of_templates_are_pictures_in_their_order() -> None:
 
 @pytest.mark.parametrize("key", [*PICTURES, *FILMS, *SOUNDS])
 def test_a_picture_or_film_in_a_column_that_nothing_names_is_refused(key: str) -> None:
-    row = {"q": "What?", "a": "A hat.", "shown": "s.png", key: "x.png"}
+    row = {"q": "What?", "a": "A hat.", key: "x"}
     section: dict[str, Any] = {"user": "{q}", "assistant": "{a}"}
     assert reason(row, **section).startswith(f"a column is passed over: '{key}'; ")
     assert read(row, **section, ignore=(key,)).images == ()
+    row["shown"] = "s.png"
     section |= {"user": "<image>{q}", "images": ("shown",)}
     if key in PICTURES:  # which of several pictures is shown is the recipe's choice
         assert read(row, **section).images == ("s.png",)
     else:
         assert reason(row, **section).startswith(f"a column is passed over: '{key}'; ")
+
+
+PNG = b"\x89PNG\r\n\x1a\n..."
+STILL: list[tuple[str, Any]] = [
+    *(("Image", 7), ("IMAGE_2", 7), ("image1", 7), ("imgPath", 7), ("imageUrl", 7), ("photo", 7)),
+    *(
+        ("x", "a/b.PNG"),
+        ("x", "https://a.b/c.jpeg?w=9"),
+        ("x", ["a.webp"]),
+        ("x", "data:image/png;base64,"),
+    ),
+    *(("x", PNG), ("x", {"bytes": PNG, "path": None}), ("x", {"bytes": None, "path": "a"})),
+]
+MOVING: list[tuple[str, Any]] = [
+    *(("Video", 7), ("video_url", 7), ("audio2", 7), ("x", "a.mp4"), ("x", "a.wav")),
+    ("x", {"bytes": b"..", "path": "a.mp3"}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), [*STILL, *MOVING])
+def test_a_picture_or_film_is_known_by_any_spelling_of_its_name_and_by_what_it_is(
+    key: str, value: Any
+) -> None:
+    row = {"q": "What?", "a": "A hat.", "shown": 7, key: value}
+    section: dict[str, Any] = {"user": "{q}", "assistant": "{a}"}
+    assert reason(row, **section).startswith(f"a column is passed over: '{key}'; ")
+    assert read(row, **section, ignore=(key,)).images == ()
+    section |= {"user": "<image>{q}", "images": ("shown",)}
+    if (key, value) in STILL:
+        assert read(row, **section).images == (7,)
+    else:
+        assert reason(row, **section).startswith(f"a column is passed over: '{key}'; ")
+
+
+@pytest.mark.parametrize("value", ["See a.png", "v1.2", "a.txt", 7, {"path": "a"}, b"x", None, ""])
+def test_a_column_that_holds_no_picture_may_be_passed_over(value: Any) -> None:
+    row = {"q": "What?", "a": "A hat.", "other": value}
+    assert read(row, user="{q}", assistant="{a}").images == ()
+
+
+IN_PART: Values = {"path": "a.png", "page": 2}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        turn("<image>", "Ho", image=IN_PART),
+        turn("<image>", "Ho", images=[{"image_url": IN_PART}]),
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": IN_PART}]}]},
+        with_question("llava", "<image>", image=IN_PART),
+        with_question("texts", "<image>", images=[IN_PART]),
+    ],
+)
+def test_what_a_picture_says_beside_itself_is_refused_by_its_name(row: Values) -> None:
+    if len(row.get("messages", ())) == 1:
+        row = {"messages": [*row["messages"], {"role": "assistant", "content": "Ho"}]}
+    assert reason(row).startswith("a key is not understood: 'page' of an image; ")
+    assert read(row, ignore=("page",)).images
+
+
+def test_a_picture_of_a_column_is_looked_at_too() -> None:
+    section: dict[str, Any] = {"user": "<image>", "assistant": "{a}", "images": ("image",)}
+    row = {"a": "Ho", "image": {"bytes": PNG, "path": None, "rotation": 90}}
+    assert reason(row, **section).startswith("a key is not understood: 'rotation' of an image; ")
+
+
+def test_an_object_of_nothing_is_nothing_as_tables_write_what_is_not_there() -> None:
+    none = {"bytes": None, "path": None}
+    text: Values = {"type": "text", "text": "Hi", "image": none, "image_url": {"url": None}}
+    row = turn("", "Ho", image=none)
+    row["messages"][0]["content"] = [text]
+    assert read(row).images == () and read(row).messages[0]["content"] == "Hi"
 
 
 def of_two(key: str, first: Any, last: Any = None) -> Values:

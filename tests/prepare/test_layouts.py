@@ -20,6 +20,8 @@ from phi3v.errors import ConfigError, ShardError
 from phi3v.evaluation.metrics import Answer, score
 from phi3v.files import sha256
 from phi3v.prepare import prepare
+from phi3v.prepare.convert import converted, find_function
+from phi3v.prepare.rows import Row
 from phi3v.prepare.summary import summary
 from phi3v.processing import Phi3VProcessor
 from phi3v.sample import Sample
@@ -197,6 +199,29 @@ def test_a_function_makes_the_rows(
 
 
 @pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("{1: 'a'}", "gave the key 1, no text"),
+        ("(row for _ in row)", "gave a generator, not a dict"),
+        ("[row]", "gave a list, not a dict"),
+        ("row['nothing']", "raised KeyError, 'nothing'"),
+    ],
+)
+def test_what_a_function_gives_is_a_row_or_the_row_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, fault: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strange_rows.py").write_text(f"def convert(row):\n    return {body}\n")
+    find_function.cache_clear()
+    try:
+        (row,) = converted([Row(0, {"a": "b"})], "strange_rows:convert")
+    finally:
+        sys.modules.pop("strange_rows", None)
+        find_function.cache_clear()
+    assert row.fault == f"cannot be converted: strange_rows:convert {fault}"
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("json:nothing", "source.convert json:nothing: module json has no function 'nothing'"),
@@ -237,6 +262,25 @@ def test_a_validation_file_of_ones_own_is_held_out_whole(tmp_path: Path, tiny_mo
     own.write_text(own.read_text().replace("B 0.", "C."))
     with pytest.raises(ConfigError, match=r"another recipe: inputs\.source differ"):
         prepare(cfg)
+
+
+@pytest.mark.parametrize("own", ["train.jsonl", "copy.jsonl"])
+def test_rows_that_are_trained_on_are_not_held_out(
+    tmp_path: Path, tiny_model: Path, own: str
+) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", [turn("Hi", "Ho")])
+    (tmp_path / "copy.jsonl").write_bytes(train.read_bytes())
+    split = {"validation": {"path": str(tmp_path / own)}}
+    said = f"split.validation names {tmp_path / own}, which holds the very rows of source.path"
+    with pytest.raises(ConfigError, match=re.escape(f"{said} {train}; name others, or hold out")):
+        prepare(recipe(tiny_model, tmp_path / "out", {"path": str(train)}, split=split))
+
+
+def test_a_file_has_no_other_split_to_hold_out(tmp_path: Path, tiny_model: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [turn("Hi", "Ho")])
+    split = {"validation": {"split": "validation"}}
+    with pytest.raises(ConfigError, match="split 'validation' has no meaning for .*a.jsonl, a '"):
+        prepare(recipe(tiny_model, tmp_path / "out", {"path": str(path)}, split=split))
 
 
 def test_a_leak_across_is_not_looked_for_where_the_recipe_says_so(

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from phi3v.config.dataset import SourceSection
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError
 from phi3v.prepare import prepare
-from phi3v.prepare.sources import read_rows
+from phi3v.prepare.sources import open_source, read_rows
 from phi3v.sample import Sample
 from tests.tiny import assert_same, recipe, turn, write_jsonl, write_picture
 
@@ -289,3 +290,35 @@ def test_a_field_of_a_csv_may_be_a_whole_image_in_base64(tmp_path: Path) -> None
     (tmp_path / "a.csv").write_text("a\n" + "A" * 1_000_000 + "\n")
     (row,) = read_rows(tmp_path / "a.csv")
     assert len(row.values["a"]) == 1_000_000
+
+
+def test_an_object_that_has_a_key_twice_is_refused(tmp_path: Path) -> None:
+    line = '{"q": "x", "image": "a.png", "deep": {"image": 1, "image": 2}}'
+    (tmp_path / "a.jsonl").write_text('{"q": "x"}\n' + line)
+    (tmp_path / "a.json").write_text(f'[{{"q": "x"}},\n{line}]')
+    first, second = read_rows(tmp_path / "a.jsonl")
+    assert first.values == {"q": "x"}
+    assert second.fault == "is not valid JSON: an object has the key 'image' twice"
+    said = "is not valid JSON: an object has the key 'image' twice, line 2; mend the file"
+    assert refusal(tmp_path / "a.json").endswith(said)
+
+
+@pytest.mark.parametrize("text", ['[\n{"a": 1}\n]', '[{"a": 1}, {"a": 2}]', '\ufeff [{"a": 1}]'])
+def test_a_list_of_rows_is_not_a_row_per_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
+    assert refusal(tmp_path / "a.jsonl") == (
+        f"source.path {tmp_path / 'a.jsonl'} starts with a list of rows, where one row per line "
+        "belongs; name it a.json"
+    )
+
+
+def test_a_comma_in_the_quotes_of_a_header_does_not_separate_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"name, full";price\n"a, b";1,5\n')
+    (row,) = read_rows(tmp_path / "a.csv")
+    assert row.values == {"name, full": "a, b", "price": "1,5"}
+
+
+def test_columns_of_objects_are_those_of_the_first_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "a"}\n{"t": "c", "q": "b"}\n')
+    section = SourceSection(path=str(tmp_path / "a.jsonl"))
+    assert open_source(section, tmp_path).columns == ("q", "t")

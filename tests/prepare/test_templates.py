@@ -4,6 +4,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from phi3v.errors import ConfigError, SampleError
@@ -49,9 +51,10 @@ def test_fields_become_texts(template: str, text: str) -> None:
 
 
 def test_all_items_of_a_list_are_found() -> None:
-    assert find(ROW, "answers[].text") == ["five", "5"]
+    assert find(ROW, "answers[].text") == ["five", None, "5"]  # the third stays the third
     assert find(ROW, "answers[]") == ROW["answers"]
     assert find(ROW, "title[].text") is None
+    assert find(ROW, "answers[].txt") == []
 
 
 @pytest.mark.parametrize(
@@ -132,3 +135,32 @@ def test_a_nested_name_that_one_row_answers_to_is_right(tmp_path: Path, tiny_mod
     source |= {"assistant": "{title}", "references": "meta.all[].text"}
     manifest = prepare(recipe(tiny_model, tmp_path / "out", source))
     assert manifest["splits"]["train"]["samples"] == 4
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *((1, 2), {1, 2}, range(3), Path("a"), object(), bytearray(b"x"), 1j, b"x"),
+        *(np.array([1, 2]), np.array([]), pd.NA, memoryview(b"x"), [("k", 1)], [None, "b"], [[1]]),
+    ],
+)
+def test_a_value_without_a_text_of_its_own_is_refused(value: Any) -> None:
+    for template, held in (("{x}", value), ("{x:commas}", value), ("{x:letters}", [value])):
+        with pytest.raises(SampleError, match="column 'x' "):
+            fill(template, {"x": held})
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float32("nan"), Decimal("NaN"), pd.NaT, None])
+def test_no_number_is_empty_of_whatever_type(value: Any) -> None:
+    with pytest.raises(SampleError, match="column 'x' is empty"):
+        fill("{x}", {"x": value})
+    with pytest.raises(SampleError, match="column 'x' has nothing at place 1 of its list"):
+        fill("{x:commas}", {"x": ["a", value]})
+    assert fill("{y}{x?}", {"y": "a", "x": value}) == "a"
+
+
+def test_scalars_of_numpy_are_written_as_their_values() -> None:
+    row = {"f": np.float32(19.99), "i": np.int64(3), "b": np.bool_(True), "s": np.str_("x")}
+    assert fill("{f} {i} {b} {s}", row) == "19.99 3 True x"
+    with pytest.raises(SampleError, match="column 'x' is not finite: inf"):
+        fill("{x}", {"x": np.float32("inf")})

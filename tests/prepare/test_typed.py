@@ -69,6 +69,34 @@ def test_numbers_in_structs_and_lists_of_any_kind_are_short() -> None:
     assert second["whole"] == 19.989999771118164
 
 
+SHORT = [19.99, None, 0.1]
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
+def test_floats_are_short_in_types_that_arrow_does_not_cast(kind: pa.DataType) -> None:
+    short = [None if x is None else float(str(kind.to_pandas_dtype()(x))) for x in SHORT]
+    numbers = pa.array(short, kind)
+    lists = pa.array([short] * 3, pa.list_view(kind))
+    pairs = pa.array([[("k", short[0])]] * 3, pa.map_(pa.string(), kind))
+    struct = pa.StructArray.from_arrays([lists], ["inner"])
+    columns = {"view": lists, "struct": struct, "pairs": pairs}
+    if kind == pa.float32():  # Arrow makes no dictionary of float16
+        columns["coded"] = numbers.dictionary_encode()
+    rows = plain(**columns)
+    assert [row["view"] for row in rows] == [short] * 3
+    assert [row["struct"] for row in rows] == [{"inner": short}] * 3
+    assert [row["pairs"] for row in rows] == [[("k", short[0])]] * 3
+    assert [row.get("coded", x) for row, x in zip(rows, short, strict=True)] == short
+
+
+def test_an_array_of_datasets_has_short_numbers(tmp_path: Path) -> None:
+    features = datasets.Features({"box": datasets.Array2D((1, 2), "float32")})
+    file = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict({"box": [[[19.99, 0.1]]]}, features=features).to_parquet(file)
+    (row,) = read_rows(file)
+    assert fill("{box[0][0]} {box[0][1]}", row.values) == "19.99 0.1"
+
+
 def test_other_types_are_written_by_the_rules_of_the_page() -> None:
     (row,) = plain(
         decimal=pa.array([Decimal("12.50")], pa.decimal128(10, 2)),

@@ -38,7 +38,7 @@ from tests.prepare.animals import (
     texts,
 )
 from tests.prepare.pictures import GOOD, damages, fate_of, pictures
-from tests.prepare.references import NO_PATH, Reference, references
+from tests.prepare.references import Reference, references
 from tests.tiny import turn
 
 MAX_TOKENS = 4000
@@ -186,8 +186,8 @@ def _write_tables(zoo: Zoo, images: Sequence[Reference]) -> None:
         *(("Hat", price, image, "column 'price' is not finite: ") for price in (INF, -INF)),
         *((title, 1.5, image, "column 'title' is empty") for title in (None, "", "\u3000")),
         ("Hat", 1.5, None, "column 'image' is empty"),
-        ("Hat", 1.5, {"bytes": None, "path": None}, NO_PATH),
-        ("Hat", 1.5, {"bytes": b"", "path": ""}, NO_PATH),
+        ("Hat", 1.5, {"bytes": None, "path": None}, "column 'image' is empty"),
+        ("Hat", 1.5, {"bytes": b"", "path": ""}, "column 'image' is empty"),
         (b"H\xfct", 1.5, image, "the row holds a value that cannot be read: "),
     ]
     animals += [Animal(row, fate) for *row, fate in bad]

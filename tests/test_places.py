@@ -8,8 +8,8 @@ import pytest
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
+from phi3v.places import find_file, local_path, nearby
 from phi3v.prepare import prepare
-from phi3v.prepare.places import find_file, local_path, nearby
 from phi3v.prepare.sources import check_source, open_source, read_rows
 from tests.tiny import recipe, write_jsonl, write_picture
 
@@ -103,7 +103,7 @@ def test_another_delimiter_is_guessed_and_said_or_told(
     ]
     told = open_source(SourceSection(path=str(path), delimiter=delimiter), tmp_path)
     assert [row.values for row in told.read(0, 1)] == [{"a": "1,5", "b": "x"}]
-    assert told.remark is None
+    assert not told.remarks
     again = open_source(SourceSection(path=str(path)), tmp_path, told.state())
     assert [row.values for row in again.read(0, 1)] == [{"a": "1,5", "b": "x"}]
 
