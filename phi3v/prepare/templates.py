@@ -3,7 +3,8 @@
     {title}            the column's value as text
     {query.en}         what stands within it
     {answers[0]}       an item of a list; {choices[answer]}: the one whose number the column holds
-    {hint?}            nothing where the column is empty; a line of nothing else is left out
+    {hint?}            nothing where the column is empty; a line of nothing else, or of a label
+                       (Hint: {hint?}), is left out
     {choices:letters}  a list, line by line: A. red; B. blue; {answer:letter}: 1 is B
     {tags:commas}      a list, joined by commas
 
@@ -32,6 +33,7 @@ FIELD = re.compile(r"\{(\w[^{}]*)\}")  # {title}, {Full Price}; not {"title": 1}
 STEP = re.compile(r"\.([^.\[\]]+)|\[([^\[\].]*)\]")
 NESTED = re.compile(rf"([^.\[\]]+)(?:{STEP.pattern})+")  # answers[0], query.en, pages[1].text
 FORMS = ("letters", "letter", "commas")
+LABEL = re.compile(r"(?:[^:.?!<>|]*:)?\W*")  # what may go with an empty field: "Hint: ", "()"
 PLAIN = (str, Real, Decimal, date, time, timedelta, np.bool_, np.datetime64, np.timedelta64)
 """Types of values that have a text; np.float32 and np.int64 are Real."""
 
@@ -90,11 +92,12 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _filled_line(line: str, values: Mapping[str, Any]) -> str | None:
-    """A line filled; None if all that fills it is optional and empty."""
+    """A line filled; None if it says nothing where all that fills it is optional and empty."""
     names = FIELD.findall(line)
     texts = [_text(values, name) for name in names]
     if names and not any(texts) and all(parse(name, values).is_optional for name in names):
-        return None
+        own = FIELD.sub("", line).strip()
+        return None if LABEL.fullmatch(own) else own
     left = iter(texts)
     return FIELD.sub(lambda _: next(left), line)
 
