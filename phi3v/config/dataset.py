@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from phi3v.config.values import above_zero, at_least, distinct, filled
+from phi3v.config.values import above_zero, at_least, distinct, filled, real_breaks
 from phi3v.errors import ConfigError
 
 Alpha = Literal["white", "published"]
@@ -84,6 +84,13 @@ class SourceSection:
 
     def __post_init__(self) -> None:
         filled(source__user=self.user, source__assistant=self.assistant, source__split=self.split)
+        real_breaks(
+            "",
+            'put the text in double quotes, "a\\nb" (in a shell \'source.user="a\\nb"\'), or take '
+            "the two characters from a column",
+            source__user=self.user,
+            source__assistant=self.assistant,
+        )
         filled(source__references=self.references, source__id=self.id)
         if not self.paths:
             raise ConfigError("source.path must name at least one file, folder or hub dataset")

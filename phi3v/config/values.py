@@ -1,8 +1,14 @@
 """Checks of single values; keys are written `section__field` and shown with dots."""
 
+import re
 from collections.abc import Collection
 
 from phi3v.errors import ConfigError
+
+LATEX = (
+    "u|e|eq|eg|i|abla|ot|otin|ewline|ewcommand|mid|onumber|olimits|sim|leq|geq|leftarrow|rightarrow"
+)
+TYPED_BREAK = re.compile(rf"(?<!\\)\\n(?!(?:{LATEX})(?![A-Za-z]))")
 
 
 def at_least(low: int | float, **values: int | float | None) -> None:
@@ -24,6 +30,20 @@ def filled(**values: str | None) -> None:
     for name, value in values.items():
         if value is not None and not value.strip():
             raise ConfigError(f"{_dotted(name)} must not be empty, got {value!r}")
+
+
+def real_breaks(what: str, advice: str, **values: str | None) -> None:
+    """Refuse a text in which a line break was typed as two characters, a backslash and an n.
+
+    So a shell hands it on, and YAML unless it stands in double quotes; the model would be shown
+    the two characters. LaTeX's commands (nu, neq) are no line breaks.
+    """
+    for name, value in values.items():
+        if value is not None and TYPED_BREAK.search(value):
+            raise ConfigError(
+                f"{what}{_dotted(name)} holds a backslash and an n, which are no line break, in "
+                f"{value!r}; {advice}"
+            )
 
 
 def distinct(**values: Collection[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from phi3v.config.running import EvalSection
+from phi3v.config.values import real_breaks
 from phi3v.errors import ConfigError
 from phi3v.evaluation.ask import Asker, open_shown
 from phi3v.evaluation.chat import Chat
@@ -44,6 +45,12 @@ class Wishes:
                 f"give exactly one of {', '.join(ways)}, got {' and '.join(given) or 'none'}"
             )
         self._check_companions(given[0])
+        real_breaks(
+            "--",
+            "type a real one, in most shells by $'a\\nb', or ask by --jsonl",
+            prompt=self.prompt,
+            system=self.system,
+        )
         for name in ("max_new_tokens", "batch_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")

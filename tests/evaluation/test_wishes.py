@@ -31,6 +31,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"chat": True, "temperature": float("nan")}, "--temperature must be above 0, got nan"),
     ({"chat": True, "temperature": 1.0, "top_p": 1.5}, "--top_p must be .* at most 1, got 1.5"),
     ({"chat": True, "max_new_tokens": 0}, "--max_new_tokens must be at least 1, got 0"),
+    ({"prompt": "<image>\\nWhat?"}, "--prompt holds a backslash and an n, which are no line break"),
+    ({"chat": True, "system": "Be brief.\\nBe kind."}, "--system holds a backslash and an n"),
     ({"chat": True, "batch_rows": 0}, "--batch_rows must be at least 1, got 0"),
 ]
 
