@@ -40,7 +40,9 @@ def read_lines(paths: list[Path]) -> list[str]:
         try:
             lines += path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise ConfigError(f"--texts {path} is not UTF-8 ({error}); save it as that") from error
+            raise ConfigError(
+                f"--texts {path} is no text in UTF-8 ({error}); name a CSV or JSONL"
+            ) from error
     return lines
 
 

@@ -107,6 +107,7 @@ def build_recipe(
 
     Raises: ConfigError naming the file or override, and the full key.
     """
+    _refuse_other_kind(cls, tree, path)
     parsed = [_parse_override(text) for text in overrides]
     for (key, value), text in zip(parsed, overrides, strict=True):
         tree = _with(tree, key, value, text)
@@ -116,6 +117,18 @@ def build_recipe(
     except _Faults as faults:
         raise ConfigError(str(faults)) from None  # a command's line begins with the class's name
     return recipe
+
+
+def _refuse_other_kind(cls: type, tree: Mapping[str, Any], path: Path) -> None:
+    """Refuse a recipe of another command, instead of each of its keys."""
+    kinds = {
+        DatasetConfig: "a dataset's recipe, for launch/prepare.py",
+        RunConfig: "a run's recipe, for launch/train.py",
+    }
+    fits = {kind: len(tree.keys() & get_type_hints(kind).keys()) for kind in kinds}
+    likeliest = max(fits, key=lambda kind: fits[kind])
+    if cls in kinds and fits[likeliest] > 1 and fits[cls] * 2 < fits[likeliest]:
+        raise ConfigError(f"{path} is {kinds[likeliest]}; this is to be {kinds[cls]}")
 
 
 def deepspeed_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -164,7 +177,9 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"recipe {path} does not exist; name a YAML file, see launch/recipes/")
+        near = [each for each in map(path.with_suffix, (".yaml", ".yml")) if each.is_file()]
+        hint = f"did you mean {near[0]}?" if near else "name a YAML file, see launch/recipes/"
+        raise ConfigError(f"recipe {path} does not exist; {hint}")
     content = path.read_bytes()
     try:
         _refuse_duplicates(yaml.compose(content, Loader=yaml.SafeLoader))
@@ -237,8 +252,18 @@ def _with(tree: Mapping[str, Any], key: str, value: Any, text: str) -> dict[str,
         return {**tree, name: value}
     section = {} if tree.get(name) is None else tree[name]
     if not isinstance(section, dict):
-        raise ConfigError(f"override {text!r} sets a key of {name!r}, which is {_show(section)}")
+        raise ConfigError(
+            f"override {text!r} sets a key of {name!r}, which is {_show(section)}; to put "
+            f"a section in its place, write '{_as_section(text, rest)}'"
+        )
     return {**tree, name: _with(section, rest, value, text)}
+
+
+def _as_section(text: str, rest: str) -> str:
+    """An override of a whole section: of a.b.c=1 with the rest b.c it is a={b: {c: 1}}."""
+    key, _, value = text.partition("=")
+    inner = rest.replace(".", ": {")
+    return f"{key.removesuffix(f'.{rest}')}={{{inner}: {value}{'}' * (rest.count('.') + 1)}"
 
 
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, origin: _Origin) -> Any:

@@ -79,6 +79,11 @@ def check_columns(source: SourceSection, by: str | None, columns: Collection[str
     for other in (source.id, by):
         if other is not None and head_of(other, columns) not in columns:
             needed[other] = name_these
+    if "label" in needed and "label" not in columns and tuple(columns) == ("image",):
+        needed["label"] = (
+            "datasets makes it of folders' names only where there are several, one for each class, "
+            "and every picture lies equally deep: move the pictures of nested folders up"
+        )
     lacking = [(name, hint) for name, hint in needed.items() if name not in columns]
     for column, hint in lacking[:1]:
         raise ConfigError(
@@ -288,8 +293,10 @@ def _renumbered(
     images = chat.images
     tags = [tag for message in messages for tag in image_tags(message["content"])]
     if sorted(tags) != list(range(1, len(images) + 1)):
+        advice = "" if tags else "; write <image>, or <|image_1|>, where the picture belongs"
         raise SampleError(
             f"image tags do not name each image once: tags {tags or 'none'}, {len(images)} images"
+            f"{advice}"
         )
     number = {tag: position + 1 for position, tag in enumerate(tags)}
     renamed = [

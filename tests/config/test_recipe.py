@@ -276,7 +276,8 @@ def test_a_date_that_does_not_exist_is_refused() -> None:
 
 def test_an_override_below_a_value_is_refused() -> None:
     assert override_refusal("deepspeed=a.json", "deepspeed.stage=3") == (
-        "override 'deepspeed.stage=3' sets a key of 'deepspeed', which is 'a.json'"
+        "override 'deepspeed.stage=3' sets a key of 'deepspeed', which is 'a.json'; to put a "
+        "section in its place, write 'deepspeed={stage: 3}'"
     )
 
 
@@ -371,3 +372,44 @@ def test_columns_need_a_question_and_an_answer() -> None:
 def test_rows_of_messages_need_a_path_only() -> None:
     cfg = dataset("source={path: a.jsonl, format: messages}")
     assert (cfg.source.user, cfg.source.images) == (None, ())
+
+
+@pytest.mark.parametrize("key", ["user", "assistant"])
+def test_a_line_break_of_two_characters_is_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "rows.yaml"
+    texts = {"user": "Q?", "assistant": "{title}"}
+    path.write_text(
+        yaml.safe_dump({"source": {"path": "a.csv", **texts}, "model": "m", "out": "o"})
+    )
+
+    def written(text: str) -> str:
+        cfg = load_recipe(DatasetConfig, path, [f"source.{key}={text}"])
+        return str(getattr(cfg.sources[0], key))
+
+    with pytest.raises(ConfigError) as caught:
+        written("<image>\\nWhat is {title}?")
+    assert str(caught.value).startswith(
+        f"source.{key} holds a backslash and an n, which are no line break, in "
+        "'<image>\\\\nWhat is {title}?'; put the text in double quotes"
+    )
+    assert written('"<image>\\nWhat is {title}?"') == "<image>\nWhat is {title}?"
+    assert written(r"Is $\nu \neq 0$, {title}?") == r"Is $\nu \neq 0$, {title}?"
+
+
+def test_a_recipe_of_another_command_is_refused_as_that(tmp_path: Path) -> None:
+    rows, run_of = tmp_path / "rows.yaml", tmp_path / "run.yaml"
+    rows.write_text("{source: {path: a.csv}, model: models/tiny, out: shards/a, split: {}}")
+    run_of.write_text("{run: {out: runs/a}, model: {path: models/tiny}, data: {}, optim: {}}")
+    for cls, path, other in (
+        (RunConfig, rows, "a dataset's recipe, for launch/prepare.py"),
+        (DatasetConfig, run_of, "a run's recipe, for launch/train.py"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_recipe(cls, path, [])
+        assert str(caught.value).startswith(f"{path} is {other}; this is to be ")
+
+
+def test_a_recipe_with_the_other_suffix_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match=r"a\.yml does not exist; did you mean .*a\.yaml\?"):
+        load_recipe(RunConfig, tmp_path / "a.yml", [])

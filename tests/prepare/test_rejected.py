@@ -60,7 +60,10 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (turn("Hi", ""), "an answer is empty: message 1"),
     (turn("Hi", " \n\t"), "an answer is empty: message 1"),
     (turn(IMAGE, "A."), "image tags do not name each image once: tags [1], 0 images"),
-    (turn("Hi", "A.", images=["good.png"]), "image tags do not name each image once: tags none, 1"),
+    (
+        turn("Hi", "A.", images=["good.png"]),
+        "image tags do not name each image once: tags none, 1 images; write <image>, or",
+    ),
     (
         turn("<|image_2|>", "A.", images=["good.png"]),
         "image tags do not name each image once: tags",

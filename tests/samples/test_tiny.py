@@ -252,7 +252,10 @@ def test_without_texts_it_can_spell_the_sample_products(
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(None, "gone.txt does not exist; name text files"), (b"\xff", "gone.txt is not UTF-8 (")],
+    [
+        (None, "gone.txt does not exist; name text files"),
+        (b"\xff", "gone.txt is no text in UTF-8 ("),
+    ],
 )
 def test_texts_that_cannot_be_read_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes | None, message: str
