@@ -109,6 +109,13 @@ def test_only_rows_that_both_have_answered_are_compared(dataset: Dataset) -> Non
         ("price_mae", Difference(-0.2, -0.3, -0.1, 0.001, 50), "b is better"),
         ("price_mape_unseen", Difference(0.2, 0.1, 0.3, 0.049, 50), "a is better"),
         ("exact_match", Difference(0.2, 0.0, 0.4, 0.05, 50), "no difference seen"),
+        ("exact_match", Difference(0.2, -0.01, 0.4, 0.04, 50), "no difference seen"),
+        ("price_mae", Difference(0.0, 0.0, 0.0, 1.0, 50), "no difference seen"),
+        (
+            "price_mae",
+            Difference(-1.0, -1.0, -1.0, 0.001, 13),
+            "no verdict: all rows differ by the same, which gives no interval",
+        ),
         ("exact_match", Difference(None, None, None, None, 0), "no rows"),
     ],
 )

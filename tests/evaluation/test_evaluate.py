@@ -24,7 +24,7 @@ from phi3v.evaluation.evaluate import (
     limit_owner,
 )
 from phi3v.evaluation.generation import Generator, Prompt
-from phi3v.evaluation.held_out import blind_prompt, exchange, prompt_of
+from phi3v.evaluation.held_out import blind_prompt, prompt_of
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.outcomes import Job
 from phi3v.sample import Sample
@@ -101,10 +101,12 @@ def test_blind_answers_are_those_to_the_partners_picture(
     generator: Generator, evaluation: Evaluation
 ) -> None:
     data, outcomes = evaluation.dataset, evaluation.outcomes
-    partners = exchange([1] * len(outcomes))
-    for outcome, partner in zip(outcomes, partners, strict=True):
-        assert partner is not None
-        donor = data[outcomes[partner].row]
+    asked = {outcome.row for outcome in outcomes}
+    for outcome in outcomes:
+        assert outcome.donor is not None and outcome.donor in asked
+        donor = data[outcome.donor]
+        assert outcome.donor_reference == donor.meta["reference"]
+        assert not np.array_equal(donor.images[0].pixels, data[outcome.row].images[0].pixels)
         prompt = blind_prompt(data[outcome.row], donor, CROP, SIDE)
         assert generator.answer([prompt], quiet=True) == [outcome.blind]
         seen = generator.answer([prompt_of(data[outcome.row])], quiet=True)
@@ -237,7 +239,9 @@ def test_unseen_metrics_count_the_rows_whose_value_is_new(
 def test_scores_are_those_of_the_metrics_with_their_blind_controls(
     evaluation: Evaluation,
 ) -> None:
-    assert list(evaluation.scores) == [*METRICS, *(f"blind_{name}" for name in METRICS)]
+    assert list(evaluation.scores) == [
+        prefix + name for prefix in ("", "blind_", "constant_") for name in METRICS
+    ]
 
 
 def test_a_question_is_shown_in_words(evaluation: Evaluation) -> None:
