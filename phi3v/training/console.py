@@ -1,7 +1,7 @@
 """What rank 0 says about its steps: one live line on a terminal, a line now and then in a log.
 
 step 120/1000, 1:02:40 left, loss 1.284, lr 2e-05, 12,345 tokens/s, MFU 41.2%, packed 99.1%
-evaluation at step 120: loss 1.310, anls 61.0% (55.1% to 66.9% n=256, blind 12.5% n=256, constant 9%)
+evaluation at step 120: loss 1.31, anls 61.0% (55.1% to 66.9% n=256, blind 12.5% n=256, constant 9%)
 """
 
 import math

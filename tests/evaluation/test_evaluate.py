@@ -1,9 +1,8 @@
 """Scores, loss and blind control of held-out rows, on one rank and shared among several."""
 
 import re
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -23,11 +22,11 @@ from phi3v.evaluation.evaluate import (
     evaluate,
     limit_owner,
 )
-from phi3v.evaluation.generation import Generator, Prompt
+from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.held_out import blind_prompt, prompt_of
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.outcomes import Job
-from phi3v.sample import Sample
+from tests.evaluation.knowing import knowing
 from tests.tiny import write_samples
 
 PATTERN = "Product: {title}, Category: {category}, Full Price: {price:float}"
@@ -51,28 +50,6 @@ def held_out(tiny_shards: Path) -> Dataset:
 @pytest.fixture(scope="module")
 def evaluation(generator: Generator, tiny_shards: Path) -> Evaluation:
     return evaluate(generator, [str(tiny_shards)], SETTINGS)
-
-
-@dataclass(frozen=True)
-class Knowing(Generator):
-    """The generator, but for some prompts it has been told the answer, and it has none to others.
-
-    It is a model that is right where a test wants it to be.
-    """
-
-    answers: Mapping[bytes, str] = field(default_factory=dict)
-
-    def answer(self, prompts: Sequence[Prompt], *_: Any, **__: Any) -> list[str]:
-        return [self.answers.get(content(prompt), "") for prompt in prompts]
-
-
-def content(prompt: Prompt) -> bytes:
-    return prompt.ids.tobytes() + b"".join(image.pixels.tobytes() for image in prompt.images)
-
-
-def knowing(generator: Generator, samples: Sequence[Sample]) -> Knowing:
-    answers = {content(prompt_of(sample)): sample.meta["reference"] for sample in samples}
-    return Knowing(**vars(generator), answers=answers)
 
 
 def on_ranks(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from phi3v.evaluation.metrics import Answer, compare, interval, score
+from phi3v.evaluation.metrics import Answer, compare, compile_pattern, interval, score
 from phi3v.evaluation.metrics.intervals import UNIT, bounded_limits
 from phi3v.evaluation.metrics.paired import APART
 
@@ -30,9 +30,7 @@ def test_the_interval_of_a_rate_holds_it_often_enough(n: int, rate: float) -> No
         held = 0.0
         for hits in range(n + 1):
             log_chance = math.lgamma(n + 1) - math.lgamma(hits + 1) - math.lgamma(n - hits + 1)
-            chance = math.exp(
-                log_chance + hits * math.log(true) + (n - hits) * math.log1p(-true)
-            )
+            chance = math.exp(log_chance + hits * math.log(true) + (n - hits) * math.log1p(-true))
             if chance > 1e-9:
                 found = interval([1.0] * hits + [0.0] * (n - hits), UNIT)
                 assert found.low is not None and found.high is not None
@@ -91,7 +89,7 @@ def test_six_right_of_six_leave_room_for_one_in_two_wrong() -> None:
 
 
 def test_equal_values_between_the_bounds_have_an_interval_on_both_sides() -> None:
-    """A row more at a bound has a share of w of the mean, which is above 0.459 2.5 % of the time."""
+    """A row more at a bound has a share of the mean that is above 0.459 in 2.5 % of all weights."""
     found = interval([0.8] * 6, UNIT)
     share = 1 - 0.025 ** (1 / 6)
     assert found.value == pytest.approx(0.8)
@@ -126,3 +124,13 @@ def test_what_has_no_bounds_keeps_its_bootstrap() -> None:
     found = interval(values)
     assert found.low is not None and found.high is not None
     assert min(values) <= found.low < found.high <= max(values)
+
+
+def test_no_error_is_given_bounds_it_does_not_have() -> None:
+    """Every row is off by three to four times the price, so the mean is, and its limits are."""
+    rows = [Answer(str(n), "100", str(400 + n)) for n in range(50)]
+    names = ["price_mae", "price_mape", "price_log_error"]
+    found = score(names, rows, compile_pattern("{price:float}"))
+    for name, (least, most) in zip(names, ((300, 350), (3, 3.5), (1.38, 1.51)), strict=True):
+        low, high = found[name].low, found[name].high
+        assert low is not None and high is not None and least < low < high < most, name
