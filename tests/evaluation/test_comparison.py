@@ -128,15 +128,15 @@ def test_a_difference_is_called_one_if_chance_would_rarely_make_it(
 def test_differences_are_shown_with_their_interval_p_and_what_they_say() -> None:
     differences = {
         "exact_match": Difference(0.4, 0.25, 0.55, 0.0001, 40),
-        "price_mae": Difference(-1234.0, -2000.0, -0.0, 0.2, 40),
-        "bleu": Difference(0.4371, 0.25, 0.5, 0.0001, 40),
+        "price_mae": Difference(-1234.0, -2000.0, -0.0, 0.2, 140),
+        "bleu": Difference(0.4371, 0.25, 0.5, 0.0001, 140),
         "anls_unseen": Difference(None, None, None, None, 0),
     }
     assert difference_table(Comparison("models/base", "runs/demo", differences)).splitlines() == [
         "runs/demo - models/base   difference",
         "exact_match               +40.0 pp [+25.0, +55.0] n=40   p=0.0001   runs/demo is better",
-        "price_mae                 -1,234 [-2,000, +0] n=40       p=0.2000   no difference seen",
-        "bleu                      +0.4371 [+0.25, +0.5] n=40     p=0.0001   runs/demo is better",
+        "price_mae                 -1,234 [-2,000, +0] n=140      p=0.2000   no difference seen",
+        "bleu                      +0.4371 [+0.25, +0.5] n=140    p=0.0001   runs/demo is better",
         "anls_unseen               no rows",
     ]
 

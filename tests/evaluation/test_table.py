@@ -63,17 +63,17 @@ def test_without_metrics_there_is_no_table_of_differences(dataset: Dataset) -> N
 def test_an_interval_that_says_too_little_says_so(dataset: Dataset) -> None:
     scores = {
         "price_mae": Score(1.5, 1.0, 2.0, 6),
-        "price_mape": Score(0.1, 0.1, 0.1, 60),
+        "price_mape": Score(0.1, 0.1, 0.1, 160),
         "bleu": Score(1.0, 1.0, 1.0, 1),
         "exact_match": Score(1.0, 0.541, 1.0, 6),
-        "price_log_error": Score(0.5, 0.4, 0.6, 30),
+        "price_log_error": Score(0.5, 0.4, 0.6, 100),
     }
     assert score_table({"m": Evaluation(scores, 1.0, [], dataset)}).splitlines()[2:] == [
         "price_mae         1.5 [1, 2] n=6 (few rows: interval too narrow)",
-        "price_mape        10.0% [10.0%, 10.0%] n=60 (equal rows: no interval)",
+        "price_mape        10.0% [10.0%, 10.0%] n=160 (equal rows: no interval)",
         "bleu              1 [1, 1] n=1 (equal rows: no interval)",
         "exact_match       100.0% [54.1%, 100.0%] n=6",
-        "price_log_error   0.5 [0.4, 0.6] n=30",
+        "price_log_error   0.5 [0.4, 0.6] n=100",
     ]
     pair = Comparison("a", "b", {"price_mae": Difference(-1.0, -1.0, -1.0, 0.001, 13)})
     assert difference_table(pair).splitlines()[1] == (
