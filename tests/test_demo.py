@@ -34,7 +34,7 @@ def test_the_demo_runs_in_any_folder_and_starts_afresh(demo: Demo) -> None:
     assert not any((folder / place).exists() for place in LEFT)
     summary = json.loads((folder / "runs/demo/summary.json").read_text())
     names = ("category_accuracy", "title_exact_match", "price_mape", "parse_rate")
-    for name in (*names, "blind_category_accuracy"):
+    for name in (*names, "blind_category_accuracy", "constant_category_accuracy"):
         assert summary["metrics"][name].keys() == {"value", "low", "high", "n"}
     assert "report: runs/demo/report.html" in printed
     assert "category_accuracy" in printed and "blind" in printed

@@ -59,6 +59,11 @@ class Mixture:
     def __iter__(self) -> Iterator[Sample]:
         return (sample for dataset in self.datasets for sample in dataset)
 
+    def read_meta(self, index: int) -> dict[str, Any]:
+        """As `Dataset.read_meta`."""
+        dataset, own = self._place(index)
+        return dataset.read_meta(own)
+
     def read_into(self, index: int, buffer: Any) -> Sample:
         """As `Dataset.read_into`."""
         dataset, own = self._place(index)

@@ -4,6 +4,7 @@ import json
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,12 @@ class Dataset:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    def read_meta(self, index: int) -> dict[str, Any]:
+        """Read a sample's meta alone: no canvas is read from the disk or decoded."""
+        self._check_index(index)
+        with self._named(index):
+            return _meta(_batch(self._mapped(index)))
+
     def read_into(self, index: int, buffer: Any) -> Sample:
         """Read a sample into the first `message_bytes[index]` bytes of a writable buffer.
 
@@ -181,9 +188,15 @@ class Dataset:
         return self.folder / self.entry["shards"][int(self._shard[index])]["file"]
 
     def _read(self, index: int, memory: memoryview | None) -> Sample:
-        try:
+        with self._named(index):
             message = self._mapped(index) if memory is None else self._fetched(index, memory)
             return _sample(message, self.codec)
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        """Say which shard and sample it was that could not be read."""
+        try:
+            yield
         except UNREADABLE as error:
             raise ShardError(
                 f"{self._shard_path(index)} cannot be read at sample {index} ({error}); "
@@ -232,15 +245,25 @@ def _map(path: Path) -> pa.Buffer:
 
 
 def _sample(message: pa.Buffer, codec: Codec) -> Sample:
-    batch = pa.ipc.read_record_batch(message, SCHEMA)
-    batch.validate(full=True)  # offsets and texts, not pixels: 1 us
+    batch = _batch(message)
     return Sample(
         id=batch["id"][0].as_py(),
         input_ids=_flat(batch["input_ids"]),
         labels=_flat(batch["labels"]),
         images=_canvases(batch["images"], message, codec),
-        meta=json.loads(batch["meta"][0].as_py()),
+        meta=_meta(batch),
     )
+
+
+def _batch(message: pa.Buffer) -> pa.RecordBatch:
+    batch = pa.ipc.read_record_batch(message, SCHEMA)
+    batch.validate(full=True)  # offsets and texts, not pixels: 1 us
+    return batch
+
+
+def _meta(batch: pa.RecordBatch) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(batch["meta"][0].as_py())
+    return found
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:

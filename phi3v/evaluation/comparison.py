@@ -11,7 +11,7 @@ from phi3v.evaluation.held_out import pattern_of, train_references
 from phi3v.evaluation.metrics import Difference, compare, is_lower_better
 from phi3v.files import write_json
 
-CHANCE = 0.05  # a difference is called one if its p is below this
+CHANCE = 0.05  # a difference is called one if its p is below this, and its interval holds no 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,11 @@ class Comparison:
         found = self.differences[name]
         if found.value is None or found.p is None:
             return "no rows"
-        if not found.value or found.p >= CHANCE:
+        if found.low is None or found.high is None or found.low <= 0 <= found.high:
+            return "no difference seen"
+        if found.low == found.high:
+            return "no verdict: all rows differ by the same, which gives no interval"
+        if found.p >= CHANCE:
             return "no difference seen"
         is_other = (found.value < 0) == is_lower_better(name)
         return f"{self.other if is_other else self.first} is better"

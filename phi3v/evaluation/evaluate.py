@@ -1,4 +1,4 @@
-"""Evaluate a model on held-out rows: loss, answers, scores, and scores blind (pictures exchanged).
+"""Evaluate a model on held-out rows: loss, answers, scores, and what these are worth (controls).
 
     evaluation = evaluate(generator, ["shards/products"], settings)
 
@@ -8,7 +8,7 @@ once, at the end, in `gather`. So a rank may have few rows, none, or slow ones, 
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from phi3v.config.running import EvalSection
+from phi3v.evaluation.controls import constant_answers
 from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.held_out import (
     HeldOut,
@@ -26,7 +27,8 @@ from phi3v.evaluation.held_out import (
 )
 from phi3v.evaluation.losses import PackLoss, mean_loss, sum_losses
 from phi3v.evaluation.metrics import Score, is_lower_better, row_scores, score
-from phi3v.evaluation.metrics.names import BLIND
+from phi3v.evaluation.metrics.names import BLIND, CONSTANT
+from phi3v.evaluation.metrics.text import normalise
 from phi3v.evaluation.outcomes import Job, Outcome, answer_share, is_teacher_forced
 from phi3v.evaluation.report import Example
 from phi3v.sample import Sample
@@ -45,7 +47,9 @@ _Share = tuple[list[Outcome], list[PackLoss]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name (those of the blind control begin with blind_), loss, and every answer.
+    """Scores by name, loss, and every answer.
+
+    scores      those of the blind control begin with blind_, of the constant answer with constant_
 
     loss        mean over the trained tokens of `loss_rows` rows; None where it is not finite
     unanswered  rows that eval.max_seconds left no time for; the scores are over the others
@@ -115,6 +119,7 @@ def evaluate(
     if rank == 0:
         _tell_cut(name, settings, len(rows), unanswered, len(dataset), loss_rows)
         _tell_doubtful(settings, outcomes)
+        _tell_controls(name, settings, folders, scores, outcomes)
     return Evaluation(scores, mean_loss(losses), outcomes, dataset, loss_rows, unanswered)
 
 
@@ -141,11 +146,14 @@ def _score(
     answers = [outcome.answer for outcome in outcomes]
     scores = score(names, answers, pattern, train)
     own = row_scores(names, answers, pattern, train)
+    generated = [name for name in names if not is_teacher_forced(name)]
     blind = [answer for outcome in outcomes if (answer := outcome.blind_answer)]
     if blind:
-        generated = [name for name in names if not is_teacher_forced(name)]
         of_blind = score(generated, blind, pattern, train)
         scores |= {BLIND + name: value for name, value in of_blind.items()}
+    for name, text in constant_answers(folders, settings, generated).items():
+        constant = [replace(answer, prediction=text) for answer in answers]
+        scores[CONSTANT + name] = score([name], constant, pattern, train)[name]
     return scores, [replace(o, scores=s) for o, s in zip(outcomes, own, strict=True)]
 
 
@@ -163,6 +171,51 @@ def _tell_cut(
         f"{wanted:,}; raise it, or lower eval.rows and eval.loss_rows",
         file=sys.stderr,
     )
+
+
+def _tell_controls(
+    name: str,
+    settings: EvalSection,
+    folders: Sequence[str],
+    scores: Mapping[str, Score],
+    outcomes: Sequence[Outcome],
+) -> None:
+    """Say which rows the blind control is without, and what is no control at all."""
+    who = f"{name}: " if name else ""
+    if settings.blind and (fault := blind_faults(outcomes)):
+        print(f"{who}blind control: {fault}", file=sys.stderr)
+    if not any(metric.startswith(CONSTANT) for metric in scores) and not all(
+        map(is_teacher_forced, settings.metrics)
+    ):
+        print(
+            f"{who}{', '.join(folders)} has no training answers, so there is no score of the most "
+            "frequent one beside the model's",
+            file=sys.stderr,
+        )
+
+
+def blind_faults(outcomes: Sequence[Outcome]) -> str:
+    """What keeps a blind score from being of all rows, or from being quite blind; "" if nothing.
+
+    A row that is shown the picture of a row with its own answer may be right of what it sees.
+    """
+    without = sum(outcome.pictures == 0 for outcome in outcomes)
+    asked = [outcome for outcome in outcomes if outcome.blind is not None]
+    alone = len(outcomes) - without - len(asked)
+    same = sum(normalise(o.reference) == normalise(o.donor_reference or "") for o in asked)
+    left_out = [
+        f"{count:,} {text}"
+        for count, text in ((without, "without a picture"), (alone, "with no other picture to get"))
+        if count
+    ]
+    parts = []
+    if left_out:
+        parts.append(
+            f"{without + alone:,} of {len(outcomes):,} rows are left out ({', '.join(left_out)})"
+        )
+    if same:
+        parts.append(f"{same:,} of {len(asked):,} rows get pictures of a row with the same answer")
+    return "; ".join(parts)
 
 
 def _tell_doubtful(settings: EvalSection, outcomes: Sequence[Outcome]) -> None:

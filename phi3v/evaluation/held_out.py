@@ -1,4 +1,4 @@
-"""Held-out rows: which are taken, what each asks, and what it asks with the pictures exchanged."""
+"""Held-out rows: which are taken, what each asks, and what it asks about other pictures."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -73,7 +73,8 @@ def train_references(folders: Sequence[str], settings: EvalSection) -> frozenset
 @cache
 def _references_of(folders: tuple[str, ...]) -> frozenset[str]:
     """Kept: every evaluation of a run asks for them, and it takes a pass over the split."""
-    return frozenset(sample.meta["reference"] for sample in open_datasets(folders, "train"))
+    train = open_datasets(folders, "train")
+    return frozenset(train.read_meta(row)["reference"] for row in range(len(train)))
 
 
 def _needs_train(settings: EvalSection) -> bool:
@@ -100,20 +101,6 @@ def blind_prompt(sample: Sample, donor: Sample, crop_size: int, side: int) -> Pr
     ids = sample.prompt_ids
     images = donor.images[: _images_in(ids)]
     return Prompt(with_images(ids, images, crop_size, side), images)
-
-
-def exchange(image_counts: Sequence[int]) -> list[int | None]:
-    """Whose pictures each row gets: half way round among the rows with as many pictures.
-
-    [1, 1, 0, 1, 1] -> [3, 4, None, 0, 1]; None where there is no picture, or nobody to swap with.
-    """
-    partners: list[int | None] = [None] * len(image_counts)
-    for count in set(image_counts) - {0}:
-        rows = [row for row, c in enumerate(image_counts) if c == count]
-        if len(rows) > 1:
-            for place, row in enumerate(rows):
-                partners[row] = rows[(place + len(rows) // 2) % len(rows)]
-    return partners
 
 
 def question(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> str:

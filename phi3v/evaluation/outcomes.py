@@ -10,8 +10,9 @@ import torch
 
 from phi3v.config.running import EvalSection
 from phi3v.data.batch import collate, model_inputs
+from phi3v.evaluation.controls import digest, exchange
 from phi3v.evaluation.generation import Generator
-from phi3v.evaluation.held_out import HeldOut, blind_prompt, exchange, prompt_of, question
+from phi3v.evaluation.held_out import HeldOut, blind_prompt, prompt_of, question
 from phi3v.evaluation.metrics import Answer
 from phi3v.evaluation.metrics.names import UNSEEN
 from phi3v.progress import progress
@@ -40,6 +41,9 @@ class Outcome:
     references      all answers that are accepted; () means `reference` alone
     teacher_forced  see `say_teacher_forced`; None where no metric asks for it
     scores          of this row by metric; None where the row has no value
+    pictures        how many are shown
+    donor           the row whose pictures were shown instead; None where `blind` is None
+    donor_reference what that row should say
     """
 
     row: int
@@ -51,6 +55,9 @@ class Outcome:
     references: tuple[str, ...] = ()
     teacher_forced: str | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
+    pictures: int = 0
+    donor: int | None = None
+    donor_reference: str | None = None
 
     @property
     def answer(self) -> Answer:
@@ -134,7 +141,9 @@ def within(seconds: float | None, parts: Iterable[Part]) -> Iterator[Part]:
 def _partners(job: Job, rows: Sequence[int]) -> list[int | None]:
     if not job.settings.blind:
         return [None] * len(rows)
-    return exchange([len(job.dataset[row].images) for row in rows])
+    samples = (job.dataset[row] for row in rows)
+    shown = [(list(map(digest, prompt_of(s).images)), s.meta["reference"]) for s in samples]
+    return exchange(*zip(*shown, strict=True)) if shown else []
 
 
 def _answer_batch(
@@ -158,6 +167,9 @@ def _answer_batch(
             blind=blind.get(place),
             references=tuple(sample.meta.get("references") or ()),
             teacher_forced=say_teacher_forced(generator, sample) if is_forced else None,
+            pictures=len(prompt_of(sample).images),
+            donor=rows[partner] if (partner := partners[place]) is not None else None,
+            donor_reference=donors[place].meta["reference"] if place in donors else None,
         )
         for (place, sample), text in zip(samples.items(), seen, strict=True)
     ]

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from phi3v.evaluation.comparison import Comparison
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.metrics import Difference, Score, is_rate
-from phi3v.evaluation.metrics.names import BLIND
-from phi3v.evaluation.report.words import loss_value, metric_value
+from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
+from phi3v.evaluation.report.words import interval_fault, loss_value, metric_value
 
 
 def all_tables(evaluations: Mapping[str, Evaluation], comparisons: Sequence[Comparison]) -> str:
@@ -16,19 +16,17 @@ def all_tables(evaluations: Mapping[str, Evaluation], comparisons: Sequence[Comp
 
 
 def score_table(evaluations: Mapping[str, Evaluation]) -> str:
-    """One line per metric; per model its value with the 95 % interval, and the blind control's.
+    """One line per metric; per model its value with the 95 % interval, and the controls'.
 
     metric               runs/demo
-    category_accuracy    98.1% [96.3%, 99.6%] n=267   blind 11.2%
+    category_accuracy    98.1% [96.3%, 99.6%] n=267   blind 11.2% n=267   constant 12.0%
     """
     lines = [["metric", *evaluations]]
     lines.append(["loss", *(loss_value(e.loss, digits=4) for e in evaluations.values())])
     first = next(iter(evaluations.values()))
-    for name in [name for name in first.scores if not name.startswith(BLIND)]:
-        cells = [
-            _cell(name, e.scores[name], e.scores.get(BLIND + name)) for e in evaluations.values()
-        ]
-        lines.append([name, *cells])
+    of_others = controls(first.scores)
+    for name in [name for name in first.scores if name not in of_others]:
+        lines.append([name, *(_cell(name, e.scores) for e in evaluations.values())])
     return _aligned(lines)
 
 
@@ -46,14 +44,22 @@ def difference_table(comparison: Comparison) -> str:
     return _aligned(lines)
 
 
-def _cell(name: str, score: Score, blind: Score | None) -> str:
+def _cell(name: str, scores: Mapping[str, Score]) -> str:
+    score, blind, constant = scores[name], scores.get(BLIND + name), scores.get(CONSTANT + name)
     if score.value is None:
         return "no rows"
     value, low, high = (metric_value(name, x) for x in (score.value, score.low, score.high))
-    text = f"{value} [{low}, {high}] n={score.n}"
-    if blind is None or blind.value is None:
-        return text
-    return f"{text}   blind {metric_value(name, blind.value)}"
+    parts = [f"{value} [{low}, {high}] n={score.n}{_fault(name, score)}"]
+    if blind and blind.value is not None:
+        parts.append(f"blind {metric_value(name, blind.value)} n={blind.n}")
+    if constant and constant.value is not None:
+        parts.append(f"constant {metric_value(name, constant.value)}")
+    return "   ".join(parts)
+
+
+def _fault(name: str, found: Score | Difference) -> str:
+    fault = interval_fault(name, found.low, found.high, found.n)
+    return f" ({fault})" if fault else ""
 
 
 def _difference_cells(name: str, found: Difference) -> list[str]:
@@ -61,7 +67,7 @@ def _difference_cells(name: str, found: Difference) -> list[str]:
         return []
     value, low, high = (_signed(name, x) for x in (found.value, found.low, found.high))
     unit = " pp" if is_rate(name) else ""
-    return [f"{value}{unit} [{low}, {high}] n={found.n}", f"p={found.p:.4f}"]
+    return [f"{value}{unit} [{low}, {high}] n={found.n}{_fault(name, found)}", f"p={found.p:.4f}"]
 
 
 def _signed(name: str, difference: float) -> str:

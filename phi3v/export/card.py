@@ -14,7 +14,8 @@ from huggingface_hub import metadata_load
 
 from phi3v.config import RunConfig, to_dict
 from phi3v.evaluation.metrics import describe, is_rate
-from phi3v.evaluation.metrics.names import BLIND
+from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
+from phi3v.evaluation.report.words import interval_fault
 from phi3v.export.opening import read_run
 from phi3v.export.originals import find_base
 from phi3v.files import write_text
@@ -136,17 +137,30 @@ def _evaluation(folder: RunFolder, step: int) -> str:
     (entry,) = found
     metrics = entry["metrics"]
     loss = "" if entry["loss"] is None else f"Held-out loss {entry['loss']:.4f}. "
-    rows = [
-        f"| {name} | {_show(name, score)} | {_show(name, metrics.get(BLIND + name))} "
-        f"| {score['n']} | {_cell(describe(name))} |"
-        for name, score in metrics.items()
-        if not name.startswith(BLIND)
-    ]
-    head = "| metric | value [95 % interval] | blind control | rows | what it is |"
+    of_others = controls(metrics)
+    rows = [_score_row(name, metrics) for name in metrics if name not in of_others]
+    head = (
+        "| metric | value [95 % interval] | blind control | constant answer | rows | what it is |"
+    )
     return (
         f"## Evaluation\n\n{loss}Answers to held-out rows; in the blind control the pictures were "
-        f"exchanged.\n\n{head}\n|---|---|---|---|---|\n" + "\n".join(rows)
+        "exchanged; the constant answer is the most frequent one of training.\n\n"
+        f"{head}\n|---|---|---|---|---|---|\n" + "\n".join(rows)
     )
+
+
+def _score_row(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The blind control is of fewer rows where some have no picture, so it has its own number."""
+    blind = metrics.get(BLIND + name)
+    cells = (
+        name,
+        _show(name, metrics[name]),
+        _show(name, blind) + (f" n={blind['n']}" if blind else ""),
+        _show(name, metrics.get(CONSTANT + name)),
+        str(metrics[name]["n"]),
+        _cell(describe(name)),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(text: str) -> str:
@@ -161,7 +175,8 @@ def _show(name: str, score: Mapping[str, Any] | None) -> str:
     value, *interval = (
         "-" if score[key] is None else format(score[key], form) for key in ("value", "low", "high")
     )
-    return f"{value} [{interval[0]}, {interval[1]}]"
+    fault = interval_fault(name, score["low"], score["high"], score["n"])
+    return f"{value} [{interval[0]}, {interval[1]}]" + (f" ({fault})" if fault else "")
 
 
 def _pictures(out: Path) -> str:

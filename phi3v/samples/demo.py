@@ -19,7 +19,7 @@ from phi3v.config import DatasetConfig, RunConfig, load_recipe
 from phi3v.data.format import MANIFEST
 from phi3v.devices import has_cuda
 from phi3v.errors import ConfigError
-from phi3v.evaluation.metrics.names import BLIND
+from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
 from phi3v.evaluation.report.words import metric_value
 from phi3v.prepare import prepare
 from phi3v.prepare.conversations import read_conversation
@@ -137,10 +137,14 @@ def _print_results(run: Path, seconds: float) -> None:
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     metrics = summary["metrics"]
     training = summary["totals"]["step_seconds"]
-    print(f"\n{'held-out products':28}{'seeing':>9}{'blind':>9}{'rows':>7}")
-    for name in (name for name in metrics if not name.startswith(BLIND)):
-        seen, blind = metrics[name], metrics.get(BLIND + name)
-        print(f"{name:28}{_show(name, seen):>9}{_show(name, blind):>9}{seen['n']:>7}")
+    print(f"\n{'held-out products':28}{'seeing':>9}{'blind':>9}{'constant':>10}{'rows':>7}")
+    of_others = controls(metrics)
+    for name in (name for name in metrics if name not in of_others):
+        seen, blind, constant = (metrics.get(prefix + name) for prefix in ("", BLIND, CONSTANT))
+        print(
+            f"{name:28}{_show(name, seen):>9}{_show(name, blind):>9}"
+            f"{_show(name, constant):>10}{metrics[name]['n']:>7}"
+        )
     print(f"{summary['steps']} steps in {training:,.0f} s, the whole demo in {seconds:,.0f} s")
     print(f"report: {run / 'report.html'}")
 

@@ -1,7 +1,7 @@
 """What rank 0 says about its steps: one live line on a terminal, a line now and then in a log.
 
 step 120/1000, 1:02:40 left, loss 1.284, lr 2e-05, 12,345 tokens/s, MFU 41.2%, packed 99.1%
-evaluation at step 120: loss 1.310, exact_match 61.0% (55.1% to 66.9%, blind 12.5%)
+evaluation at step 120: loss 1.31, anls 61.0% (55.1% to 66.9% n=256, blind 12.5% n=256, constant 9%)
 """
 
 import math
@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from phi3v.evaluation.metrics.names import BLIND
-from phi3v.evaluation.report.words import loss_value, metric_value
+from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
+from phi3v.evaluation.report.words import interval_fault, loss_value, metric_value
 from phi3v.progress import progress
 
 MOST_METRICS = 3  # of an evaluation
@@ -72,20 +72,27 @@ def describe_evaluation(
     step: int, loss: float | None, metrics: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """An evaluation in one line: the loss, and the first metrics with their 95 % intervals."""
-    seen = {name: score for name, score in metrics.items() if not name.startswith(BLIND)}
-    shown = list(seen)[:MOST_METRICS]
-    scores = (_describe_score(name, seen[name], metrics.get(BLIND + name)) for name in shown)
-    more = len(seen) - len(shown)
+    of_others = controls(metrics)
+    seen = [name for name in metrics if name not in of_others]
+    scores = (_describe_score(name, metrics) for name in seen[:MOST_METRICS])
+    more = len(seen) - MOST_METRICS
     rest = [f"{more} more in evaluations.jsonl"] if more > 0 else []
     return ", ".join([f"evaluation at step {step}: loss {loss_value(loss)}", *scores, *rest])
 
 
-def _describe_score(name: str, score: Mapping[str, Any], blind: Mapping[str, Any] | None) -> str:
+def _describe_score(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    score, blind, constant = (metrics.get(prefix + name) for prefix in ("", BLIND, CONSTANT))
+    assert score is not None
     value, low, high = (metric_value(name, score[key]) for key in ("value", "low", "high"))
     if score["value"] is None:
         return f"{name} has no rows"
-    control = f", blind {metric_value(name, blind['value'])}" if blind else ""
-    return f"{name} {value} ({low} to {high}{control})"
+    parts = (
+        f"{low} to {high} n={score['n']}",
+        interval_fault(name, score["low"], score["high"], score["n"]),
+        f"blind {metric_value(name, blind['value'])} n={blind['n']}" if blind else "",
+        f"constant {metric_value(name, constant['value'])}" if constant else "",
+    )
+    return f"{name} {value} ({', '.join(filter(None, parts))})"
 
 
 def describe(metrics: Mapping[str, Any], total: int, seconds_left: float | None) -> str:

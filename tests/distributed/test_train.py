@@ -103,7 +103,8 @@ def test_training_learns_and_leaves_what_the_interface_promises(unbroken: Path) 
     for name in ("config.yaml", "deepspeed.json", "environment.json", "data.json"):
         assert (unbroken / name).is_file()
     summary = json.loads((unbroken / "summary.json").read_text())
-    assert set(summary["metrics"]) == {"exact_match", "blind_exact_match"}
+    names = {"exact_match", "blind_exact_match", "constant_exact_match"}
+    assert set(summary["metrics"]) == names
     assert summary["metrics"]["exact_match"].keys() == {"value", "low", "high", "n"}
     assert "<svg" in (unbroken / "report.html").read_text()
     assert list(unbroken.glob("wandb/offline-run-*/*.wandb"))

@@ -109,6 +109,13 @@ def test_only_rows_that_both_have_answered_are_compared(dataset: Dataset) -> Non
         ("price_mae", Difference(-0.2, -0.3, -0.1, 0.001, 50), "b is better"),
         ("price_mape_unseen", Difference(0.2, 0.1, 0.3, 0.049, 50), "a is better"),
         ("exact_match", Difference(0.2, 0.0, 0.4, 0.05, 50), "no difference seen"),
+        ("exact_match", Difference(0.2, -0.01, 0.4, 0.04, 50), "no difference seen"),
+        ("price_mae", Difference(0.0, 0.0, 0.0, 1.0, 50), "no difference seen"),
+        (
+            "price_mae",
+            Difference(-1.0, -1.0, -1.0, 0.001, 13),
+            "no verdict: all rows differ by the same, which gives no interval",
+        ),
         ("exact_match", Difference(None, None, None, None, 0), "no rows"),
     ],
 )
@@ -121,15 +128,15 @@ def test_a_difference_is_called_one_if_chance_would_rarely_make_it(
 def test_differences_are_shown_with_their_interval_p_and_what_they_say() -> None:
     differences = {
         "exact_match": Difference(0.4, 0.25, 0.55, 0.0001, 40),
-        "price_mae": Difference(-1234.0, -2000.0, -0.0, 0.2, 40),
-        "bleu": Difference(0.4371, 0.25, 0.5, 0.0001, 40),
+        "price_mae": Difference(-1234.0, -2000.0, -0.0, 0.2, 140),
+        "bleu": Difference(0.4371, 0.25, 0.5, 0.0001, 140),
         "anls_unseen": Difference(None, None, None, None, 0),
     }
     assert difference_table(Comparison("models/base", "runs/demo", differences)).splitlines() == [
         "runs/demo - models/base   difference",
         "exact_match               +40.0 pp [+25.0, +55.0] n=40   p=0.0001   runs/demo is better",
-        "price_mae                 -1,234 [-2,000, +0] n=40       p=0.2000   no difference seen",
-        "bleu                      +0.4371 [+0.25, +0.5] n=40     p=0.0001   runs/demo is better",
+        "price_mae                 -1,234 [-2,000, +0] n=140      p=0.2000   no difference seen",
+        "bleu                      +0.4371 [+0.25, +0.5] n=140    p=0.0001   runs/demo is better",
         "anls_unseen               no rows",
     ]
 

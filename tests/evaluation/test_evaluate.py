@@ -1,9 +1,8 @@
 """Scores, loss and blind control of held-out rows, on one rank and shared among several."""
 
 import re
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -23,11 +22,11 @@ from phi3v.evaluation.evaluate import (
     evaluate,
     limit_owner,
 )
-from phi3v.evaluation.generation import Generator, Prompt
-from phi3v.evaluation.held_out import blind_prompt, exchange, prompt_of
+from phi3v.evaluation.generation import Generator
+from phi3v.evaluation.held_out import blind_prompt, prompt_of
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.outcomes import Job
-from phi3v.sample import Sample
+from tests.evaluation.knowing import knowing
 from tests.tiny import write_samples
 
 PATTERN = "Product: {title}, Category: {category}, Full Price: {price:float}"
@@ -51,28 +50,6 @@ def held_out(tiny_shards: Path) -> Dataset:
 @pytest.fixture(scope="module")
 def evaluation(generator: Generator, tiny_shards: Path) -> Evaluation:
     return evaluate(generator, [str(tiny_shards)], SETTINGS)
-
-
-@dataclass(frozen=True)
-class Knowing(Generator):
-    """The generator, but for some prompts it has been told the answer, and it has none to others.
-
-    It is a model that is right where a test wants it to be.
-    """
-
-    answers: Mapping[bytes, str] = field(default_factory=dict)
-
-    def answer(self, prompts: Sequence[Prompt], *_: Any, **__: Any) -> list[str]:
-        return [self.answers.get(content(prompt), "") for prompt in prompts]
-
-
-def content(prompt: Prompt) -> bytes:
-    return prompt.ids.tobytes() + b"".join(image.pixels.tobytes() for image in prompt.images)
-
-
-def knowing(generator: Generator, samples: Sequence[Sample]) -> Knowing:
-    answers = {content(prompt_of(sample)): sample.meta["reference"] for sample in samples}
-    return Knowing(**vars(generator), answers=answers)
 
 
 def on_ranks(
@@ -101,10 +78,12 @@ def test_blind_answers_are_those_to_the_partners_picture(
     generator: Generator, evaluation: Evaluation
 ) -> None:
     data, outcomes = evaluation.dataset, evaluation.outcomes
-    partners = exchange([1] * len(outcomes))
-    for outcome, partner in zip(outcomes, partners, strict=True):
-        assert partner is not None
-        donor = data[outcomes[partner].row]
+    asked = {outcome.row for outcome in outcomes}
+    for outcome in outcomes:
+        assert outcome.donor is not None and outcome.donor in asked
+        donor = data[outcome.donor]
+        assert outcome.donor_reference == donor.meta["reference"]
+        assert not np.array_equal(donor.images[0].pixels, data[outcome.row].images[0].pixels)
         prompt = blind_prompt(data[outcome.row], donor, CROP, SIDE)
         assert generator.answer([prompt], quiet=True) == [outcome.blind]
         seen = generator.answer([prompt_of(data[outcome.row])], quiet=True)
@@ -237,7 +216,9 @@ def test_unseen_metrics_count_the_rows_whose_value_is_new(
 def test_scores_are_those_of_the_metrics_with_their_blind_controls(
     evaluation: Evaluation,
 ) -> None:
-    assert list(evaluation.scores) == [*METRICS, *(f"blind_{name}" for name in METRICS)]
+    assert list(evaluation.scores) == [
+        prefix + name for prefix in ("", "blind_", "constant_") for name in METRICS
+    ]
 
 
 def test_a_question_is_shown_in_words(evaluation: Evaluation) -> None:

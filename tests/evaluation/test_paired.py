@@ -110,8 +110,13 @@ def test_the_order_of_the_models_changes_the_sign_only():
 
 def test_the_same_answers_do_not_differ():
     a = answers(np.arange(10) < 5)
-    for difference in compare(NAMES, a, a, None).values():
-        assert difference == Difference(0.0, 0.0, 0.0, 1.0, 10)
+    found = compare(NAMES, a, a, None)
+    assert found["bleu"] == Difference(0.0, 0.0, 0.0, 1.0, 10)
+    for name in ("exact_match", "anls"):
+        difference = found[name]
+        assert (difference.value, difference.p, difference.n) == (0.0, 1.0, 10)
+        # 10 rows without a difference rule out that 31 % differ: 0.69^10 = 0.025.
+        assert (difference.low, difference.high) == pytest.approx((-0.31, 0.31), abs=0.03)
 
 
 def test_rows_without_a_value_are_left_out():

@@ -57,11 +57,21 @@ def test_everything_from_the_run_is_escaped(render):
 def test_every_metric_is_shown_with_interval_n_and_blind_control(render):
     text = render().text
     row = text[text.index("category_accuracy") : text.index("price_mape")]
-    for shown in ("92.2%", "88.7% \u2013 95.3%", "n = 256", "12.5%", "8.6% \u2013 16.8%"):
+    for shown in (
+        "92.2%",
+        "88.7% \u2013 95.3%",
+        "n = 256",
+        "12.5%",
+        "8.6% \u2013 16.8%",
+        "n = 250",
+        "9.4%",
+    ):
         assert shown in row
     assert "8.1%" in text and "n = 255" in text and "lower is better" in text
     assert "no rows" in text and "only values that never occur in training" in text
     assert "blind_category_accuracy" not in text  # a column, not a row
+    assert "constant_category_accuracy" not in text
+    assert "most frequent answer of the training split" in text.replace("\n", " ")
     assert "has learnt the text and not the picture" in text.replace("\n", " ")
 
 

@@ -23,7 +23,8 @@ RANKS = 2
 FROZEN = "model.vision_embed_tokens.img_processor.vision_model.post_layernorm."
 SCORES = {
     "exact_match": {"value": 0.5, "low": 0.25, "high": 0.75, "n": 16},
-    "blind_exact_match": {"value": 0.125, "low": 0.0, "high": 0.25, "n": 16},
+    "blind_exact_match": {"value": 0.125, "low": 0.0, "high": 0.25, "n": 15},
+    "constant_exact_match": {"value": 0.0625, "low": 0.0, "high": 0.2, "n": 16},
 }
 
 

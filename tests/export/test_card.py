@@ -42,8 +42,12 @@ def test_the_card_tells_scores_with_intervals_and_the_blind_control(
 ) -> None:
     found = section(card_of(run, tmp_path / "out"), "Evaluation")
     assert "Held-out loss 1.5000." in found
-    row = "| exact_match | 50.0% [25.0%, 75.0%] | 12.5% [0.0%, 25.0%] | 16 | "
-    assert row in found and "blind_exact_match" not in found
+    row = (
+        "| exact_match | 50.0% [25.0%, 75.0%] | 12.5% [0.0%, 25.0%] n=15 | 6.2% [0.0%, 20.0%] | 16 "
+        "| "
+    )
+    assert row in found
+    assert "blind_exact_match" not in found and "constant_exact_match" not in found
 
 
 def test_a_bar_in_a_metrics_description_begins_no_cell(run: Path, tmp_path: Path) -> None:

@@ -114,10 +114,16 @@ def test_an_evaluation_is_one_line_of_its_first_metrics() -> None:
     none = {"value": None, "low": None, "high": None, "n": 0}
     error = {"value": 12.5, "low": 10.25, "high": 15.0, "n": 256}
     found = {"anls": score, "price_mae": error, "bleu_unseen": none, "accuracy": score}
-    found["blind_anls"] = score | {"value": 0.125}
+    found["blind_anls"] = score | {"value": 0.125, "n": 250}
+    found["constant_anls"] = score | {"value": 0.09}
     assert describe_evaluation(120, 1.30958, found) == (
-        "evaluation at step 120: loss 1.310, anls 61.0% (55.0% to 67.0%, blind 12.5%), "
-        "price_mae 12.5 (10.25 to 15), bleu_unseen has no rows, 1 more in evaluations.jsonl"
+        "evaluation at step 120: loss 1.310, anls 61.0% (55.0% to 67.0% n=256, "
+        "blind 12.5% n=250, constant 9.0%), price_mae 12.5 (10.25 to 15 n=256), bleu_unseen has no "
+        "rows, 1 more in evaluations.jsonl"
+    )
+    few = {"price_mae": error | {"n": 6}}
+    assert describe_evaluation(1, 1.0, few).endswith(
+        "price_mae 12.5 (10.25 to 15 n=6, few rows: interval too narrow)"
     )
 
 

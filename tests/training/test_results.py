@@ -157,7 +157,7 @@ def test_an_evaluation_is_in_the_report_the_answers_and_a_line(
     evaluation = Evaluation(scores, 1.25, [told], dataset)
     folder.add_evaluation(2, loss=evaluation.loss, metrics=evaluation.metrics())
     write_results(folder, cfg, evaluation, step=2, is_finished=False)
-    line = "evaluation at step 2: loss 1.250, anls 80.0% (75.0% to 85.0%, blind 10.0%)\n"
+    line = "evaluation at step 2: loss 1.250, anls 80.0% (75.0% to 85.0% n=1, blind 10.0% n=1)\n"
     assert capsys.readouterr().err == line
     (answer,) = (folder.path / "predictions.jsonl").read_text().splitlines()
     assert json.loads(answer)["scores"] == {"anls": 0.8}

@@ -97,6 +97,7 @@ def test_the_curves_are_in_the_runs_own_file(lives: Lives) -> None:
     train = {"train/loss": 1.0, "train/lr/vision": 0.125, "train/skipped": 0}
     assert first[1] == {"_step": 1, **train}
     scores = {"eval/rouge_l": 0.5, "eval/rouge_l_low": 0.25, "eval/rouge_l_high": 0.75}
+    scores["eval/rouge_l_n"] = 2
     assert first[2] == {"_step": 2, **train, "train/loss": 0.5, "eval/loss": 0.25, **scores}
     assert [row["_step"] for row in second] == [3], "the repeated step is there once"
 

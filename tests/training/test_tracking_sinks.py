@@ -98,7 +98,8 @@ def test_events_jsonl_has_every_record_once(killed: Path) -> None:
     assert told[0]["values"] == first
     evaluated = [event for event in events(killed, "scalars") if event["name"] == "eval"]
     assert [event["step"] for event in evaluated] == [2, 4]
-    assert evaluated[1]["values"] == {"loss": 4.25, "rouge_l": 0.5, "rouge_l_low": 0.25}
+    scores = {"rouge_l": 0.5, "rouge_l_low": 0.25, "rouge_l_n": 2}
+    assert evaluated[1]["values"] == {"loss": 4.25, **scores}
     tables = events(killed, "table")
     assert [table["step"] for table in tables] == [2, 4]
     columns = ["prompt", "reference", "prediction", "blind", "right", "rouge_l", "id"]

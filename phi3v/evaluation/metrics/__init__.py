@@ -13,7 +13,13 @@ reference for a metric of the whole text, is in no training answer.
 
 from phi3v.evaluation.metrics.answers import Answer
 from phi3v.evaluation.metrics.intervals import Score, interval
-from phi3v.evaluation.metrics.names import describe, find_metrics, is_lower_better, is_rate
+from phi3v.evaluation.metrics.names import (
+    describe,
+    find_metrics,
+    is_bounded,
+    is_lower_better,
+    is_rate,
+)
 from phi3v.evaluation.metrics.paired import Difference, compare
 from phi3v.evaluation.metrics.patterns import Pattern, compile_pattern
 from phi3v.evaluation.metrics.scores import row_scores, score
@@ -28,6 +34,7 @@ __all__ = [
     "describe",
     "find_metrics",
     "interval",
+    "is_bounded",
     "is_lower_better",
     "is_rate",
     "row_scores",

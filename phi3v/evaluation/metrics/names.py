@@ -3,7 +3,7 @@
 `price_mape_unseen` is the kind `mape` of the field `price`, over the rows whose price is new.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from phi3v.config.names import nearest
@@ -12,6 +12,9 @@ from phi3v.evaluation.metrics.patterns import Pattern
 
 UNSEEN = "_unseen"
 BLIND = "blind_"
+"""Before a metric's name: its score where each row is shown another row's pictures."""
+CONSTANT = "constant_"
+"""Before a metric's name: its score if every row is given training's most frequent answer."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,14 @@ class Kind:
 
     text           one sentence; FIELD stands for the field's name
     is_rate        shown as a percentage
+    is_bounded     a mean over rows of values from 0 to 1
     needs_pattern  of a metric of the whole text: whether it asks if the text fits the pattern
     of             types of the fields that have it
     """
 
     text: str
     is_rate: bool = True
+    is_bounded: bool = True
     is_lower_better: bool = False
     needs_pattern: bool = False
     of: tuple[type, ...] = ()
@@ -52,12 +57,14 @@ WHOLE: Mapping[str, Kind] = {
         "overlap of sequences of 1 to 4 words over all rows together, 0 to 1 (sacrebleu's over "
         "100)",
         is_rate=False,
+        is_bounded=False,
     ),
     "parse_rate": Kind("answers of the expected form", needs_pattern=True),
     "teacher_forced_price_error": Kind(
         "lower is better: the public walkthrough's price error, for comparison only; it reads a "
         "teacher-forced answer, for which the model saw the true price, one token out of step",
         is_rate=False,
+        is_bounded=False,
         is_lower_better=True,
     ),
 }
@@ -72,11 +79,13 @@ OF_FIELD: Mapping[str, Kind] = {
     "mae": Kind(
         "lower is better: mean error of FIELD in its own unit; an unparsable answer counts as 0",
         is_rate=False,
+        is_bounded=False,
         is_lower_better=True,
         of=_NUMBER,
     ),
     "mape": Kind(
         "lower is better: mean relative error of FIELD, 100% for an unparsable answer",
+        is_bounded=False,
         is_lower_better=True,
         of=_NUMBER,
     ),
@@ -84,6 +93,7 @@ OF_FIELD: Mapping[str, Kind] = {
         "lower is better: mean |ln(predicted FIELD / true FIELD)|, 0.69 for a factor of two; an "
         "unparsable answer counts as a factor of ten",
         is_rate=False,
+        is_bounded=False,
         is_lower_better=True,
         of=_NUMBER,
     ),
@@ -112,6 +122,19 @@ def is_rate(name: str) -> bool:
     return kind is not None and kind.is_rate
 
 
+def is_bounded(name: str) -> bool:
+    """Whether a metric is a mean over rows of values from 0 to 1."""
+    kind, _ = _kind_of(name)
+    return kind is not None and kind.is_bounded
+
+
+def controls(names: Collection[str]) -> set[str]:
+    """The names that are a control of another one: blind, or of a constant answer."""
+    return {
+        prefix + name for name in names for prefix in (BLIND, CONSTANT) if prefix + name in names
+    }
+
+
 def is_lower_better(name: str) -> bool:
     """Whether a metric is an error, of which less is better."""
     kind, _ = _kind_of(name)
@@ -127,12 +150,17 @@ def find_metrics(names: Sequence[str], pattern: Pattern | None) -> list[Metric]:
     for name in names:
         if name not in known:
             raise ConfigError(f"eval.metrics has '{name}', {_fault(name, known, pattern)}")
+    for name in sorted(controls(names)):
+        raise ConfigError(
+            f"eval.metrics has '{name}', which is also the name of a control of another of "
+            "eval.metrics; name the field otherwise in eval.pattern, or leave one out"
+        )
     return [known[name] for name in names]
 
 
 def _kind_of(name: str) -> tuple[Kind | None, str]:
     """The kind that a name ends with, and its field; (None, "") for another name."""
-    stem = name.removeprefix(BLIND).removesuffix(UNSEEN)
+    stem = name.removeprefix(BLIND).removeprefix(CONSTANT).removesuffix(UNSEEN)
     if whole := WHOLE.get(stem):
         return whole, ""
     for end, kind in OF_FIELD.items():

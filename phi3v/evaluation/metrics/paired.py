@@ -18,11 +18,14 @@ import numpy as np
 from phi3v.errors import ConfigError
 from phi3v.evaluation.metrics.answers import Answer
 from phi3v.evaluation.metrics.bleu import COUNTS, bleu_of, row_counts
-from phi3v.evaluation.metrics.intervals import LIMITS, resample
+from phi3v.evaluation.metrics.intervals import LIMITS, Bounds, interval, resample
+from phi3v.evaluation.metrics.names import is_bounded
 from phi3v.evaluation.metrics.patterns import Pattern
 from phi3v.evaluation.metrics.scores import Values, is_bleu, value_columns
 
 NUM_FLIPS = 10_000
+APART: Bounds = (-1.0, 1.0)
+"""Between which the difference of two values from 0 to 1 lies."""
 _FLIPS_AT_ONCE = 4_000_000  # 36 MB
 
 
@@ -63,7 +66,9 @@ def compare(
     return {
         name: _compare_bleu(a, b, columns[0][name], seed)
         if is_bleu(name)
-        else _compare_rows(columns[0][name], columns[1][name], seed)
+        else _compare_rows(
+            columns[0][name], columns[1][name], APART if is_bounded(name) else None, seed
+        )
         for name in names
     }
 
@@ -144,16 +149,12 @@ def _refuse_other_rows(a: Sequence[Answer], b: Sequence[Answer]) -> None:
             )
 
 
-def _compare_rows(a: Values, b: Values, seed: int) -> Difference:
+def _compare_rows(a: Values, b: Values, bounds: Bounds | None, seed: int) -> Difference:
     pairs = zip(a, b, strict=True)
     differences = np.array([y - x for x, y in pairs if x is not None and y is not None])
-    n = len(differences)
-    if n == 0:
-        return Difference(None, None, None, None, 0)
-    total, sums = resample(differences, seed)
-    low, high = np.percentile(sums / n, LIMITS)
-    p = sign_flip_p(differences, seed)
-    return Difference(float(total / n), float(low), float(high), p, n)
+    found = interval(differences.tolist(), bounds, seed)
+    p = sign_flip_p(differences, seed) if found.n else None
+    return Difference(found.value, found.low, found.high, p, found.n)
 
 
 def _compare_bleu(

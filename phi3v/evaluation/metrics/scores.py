@@ -7,8 +7,8 @@ import numpy as np
 from phi3v.evaluation.metrics import fields, text
 from phi3v.evaluation.metrics.answers import Answer, Row, read_rows
 from phi3v.evaluation.metrics.bleu import bleu_of, row_counts
-from phi3v.evaluation.metrics.intervals import LIMITS, Score, interval, resample
-from phi3v.evaluation.metrics.names import UNSEEN, Metric, find_metrics
+from phi3v.evaluation.metrics.intervals import LIMITS, UNIT, Score, interval, resample
+from phi3v.evaluation.metrics.names import UNSEEN, Metric, find_metrics, is_bounded
 from phi3v.evaluation.metrics.patterns import Fields, Pattern
 from phi3v.evaluation.metrics.vqa import vqa_accuracy
 
@@ -53,7 +53,11 @@ def score(
     return {
         name: corpus_bleu(counted_rows(answers, values), seed)
         if is_bleu(name)
-        else interval([value for value in values if value is not None], seed)
+        else interval(
+            [value for value in values if value is not None],
+            UNIT if is_bounded(name) else None,
+            seed,
+        )
         for name, values in columns.items()
     }
 

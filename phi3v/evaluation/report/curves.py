@@ -1,4 +1,4 @@
-"""The curves of a run: of its steps, and of its evaluations beside their blind control."""
+"""The curves of a run: of its steps, and of its evaluations beside their controls."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,8 +6,7 @@ from typing import Any
 
 from phi3v.evaluation.charts import Curve, Points, line_chart
 from phi3v.evaluation.metrics import is_lower_better, is_rate
-from phi3v.evaluation.metrics.names import BLIND
-from phi3v.evaluation.report.metrics import controls
+from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
 
 Step = Mapping[str, Any]
 """One line of metrics.jsonl."""
@@ -48,13 +47,14 @@ def training_section(steps: Sequence[Step]) -> str:
 def evaluation_section(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """The held-out loss and each metric over the steps, with their 95% intervals."""
     names = dict.fromkeys(name for entry in evaluations for name in entry["metrics"])
-    blind = controls(names)
+    of_others = controls(names)
     loss = Curve("loss", _points(evaluations, "loss"))
     charts = [line_chart("Held-out loss (lower is better)", [loss])]
-    for name in (name for name in names if name not in blind):
+    for name in (name for name in names if name not in of_others):
         lines = [_metric_curve(evaluations, name, "held-out")]
-        if BLIND + name in blind:
-            lines.append(_metric_curve(evaluations, BLIND + name, "blind control"))
+        for prefix, label in ((BLIND, "blind control"), (CONSTANT, "constant answer")):
+            if prefix + name in of_others:
+                lines.append(_metric_curve(evaluations, prefix + name, label))
         direction = "lower" if is_lower_better(name) else "higher"
         charts.append(line_chart(f"{name} ({direction} is better)", lines, is_rate(name)))
     return _section("evaluations", "Evaluations", charts)

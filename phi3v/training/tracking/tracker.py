@@ -85,12 +85,12 @@ class Tracker:
     ) -> None:
         """Scores with their intervals and blind control, and a table of rows with pictures.
 
-        scores  by name, as summary.json has them: value, low, high
+        scores  by name, as summary.json has them: value, low, high, n
         """
         values: dict[str, Any] = {"loss": loss}
         for name, score in scores.items():
             values |= {name: score["value"], f"{name}_low": score["low"]}
-            values |= {f"{name}_high": score["high"]}
+            values |= {f"{name}_high": score["high"], f"{name}_n": score["n"]}
         self._scalars(step, EVALUATION, flatten(values))
         if examples:
             table = table_of(examples)
