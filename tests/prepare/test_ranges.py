@@ -134,9 +134,9 @@ def test_line_numbers_of_faults_do_not_depend_on_the_range(tmp_path: Path) -> No
 
 
 def test_columns_are_those_of_the_first_row_that_can_be_read(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('[\n\n{"b": 1}\n')
+    (tmp_path / "a.jsonl").write_text('{\n\n{"b": 1}\n')
     assert opened(tmp_path / "a.jsonl").columns == ("b",)
-    (tmp_path / "b.jsonl").write_text("[\n")
+    (tmp_path / "b.jsonl").write_text("{\n")
     assert opened(tmp_path / "b.jsonl").columns is None
 
 
