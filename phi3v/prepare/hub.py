@@ -140,6 +140,17 @@ def unread(section: SourceSection) -> str | None:
     )
 
 
+def split_names(section: SourceSection) -> list[str]:
+    """The splits of a folder; none of a file, and of what is on the hub, which is asked once."""
+    folder = local_path(section.paths[0])
+    if not folder.is_dir():
+        return []
+    if not _is_saved(folder):
+        return [str(name) for name in _builder(section).config.data_files or {}]
+    listed = folder / SAVED[0]
+    return json.loads(listed.read_text(encoding="utf-8"))["splits"] if listed.is_file() else []
+
+
 def _is_plain(path: Path) -> bool:
     """Whether no part of a path is hidden, as `.cache` is and `__MACOSX`."""
     return not any(part.startswith((".", "__")) for part in path.parts)

@@ -1,6 +1,7 @@
 """The recipe as it is followed: every default, and digests of what it only names."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from phi3v.files import sha256, write_json
 from phi3v.pictures import PUBLISHED
 from phi3v.prepare.conversations import check_columns, check_hits
 from phi3v.prepare.convert import convert_digest
+from phi3v.prepare.hub import split_names
 from phi3v.prepare.inputs import open_processor
 from phi3v.prepare.lock import locked
 from phi3v.prepare.plan import Plan, WorkFolder
@@ -135,12 +137,28 @@ def make_plan(
         if plan := work.read_plan(recipe):
             return plan
         sources = [_open(cfg, number, work) for number in range(len(cfg.sources))]
-        for remark in dict.fromkeys(remark for source in sources for remark in source.remarks):
+        remarks = [remark for source in sources for remark in source.remarks]
+        for remark in dict.fromkeys([*remarks, *_unread_splits(cfg)]):
             say(remark)
         states = tuple(source.state() for source in sources)
         plan = Plan(recipe, states, tuple(source.num_rows for source in sources))
         work.write_plan(plan)
         return plan
+
+
+def _unread_splits(cfg: DatasetConfig) -> list[str]:
+    """Remarks on splits that a source has and the recipe reads nothing of."""
+    remarks = []
+    for section in cfg.sources:
+        same = [other.split for other in cfg.sources if other.paths == section.paths]
+        read = {word for split in same for word in re.findall(r"\w+", split)}
+        others = [name for name in split_names(section) if name not in read]
+        if others and "all" not in read:
+            remarks.append(
+                f"source.path {section.paths[0]} has splits of which nothing is read: "
+                f"{', '.join(others)}; source.split {section.split!r} says which is"
+            )
+    return remarks
 
 
 def differing(made: dict[str, Any], recipe: dict[str, Any]) -> list[str]:

@@ -345,7 +345,8 @@ class ListRecords:
                 self.position = error.pos
                 self._refuse(error.msg)
             except ValueError as error:  # a key is there twice, or a number has 4,300 digits
-                self._refuse(str(error))
+                is_long = str(error).startswith("Exceeds the limit")
+                self._refuse("a number has too many digits" if is_long else str(error))
             except RecursionError:
                 self._refuse("a row is nested too deeply")
             if self._is_near_end(end) and self._read_on():

@@ -138,7 +138,7 @@ def test_a_bad_row_says_why_and_spoils_no_other(
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(SampleError, match=f"23 of 25 rows of {source} have no answer; {out} says"):
+    with pytest.raises(SampleError, match=f"24 of 26 rows of {source} have no answer; {out} says"):
         answer_file(asker, source, out, read_messages)
     found = {row["id"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
     assert found["good"]["prediction"] == found["good too"]["prediction"]
@@ -167,7 +167,7 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         "tags": "do not number 0 images",
         "end": "nothing that asks for an answer",
         "long": "prompt is too long",
-        "25": "line 25 is no JSON that can be read: an object has the key 'prompt' twice",
+        "26": "line 26 is no JSON that can be read: an object has the key 'prompt' twice",
     }
     assert list(found) == ["good", *reasons, "good too"]
     for name, reason in reasons.items():

@@ -11,9 +11,9 @@ import pytest
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
-from phi3v.prepare import hub
+from phi3v.prepare import hub, prepare
 from phi3v.prepare.sources import Source, open_source, source_digest
-from tests.tiny import write_picture
+from tests.tiny import recipe, write_picture
 
 ROWS = [{"id": k, "text": f"row {k}", "lists": [{"a": k}] * (k % 3)} for k in range(500)]
 READ = [
@@ -172,6 +172,34 @@ def test_of_saved_datasets_split_names_one(tmp_path: Path) -> None:
         f"source.path {tmp_path}/both has no split 'dev', it has: train, test; name one in "
         "source.split"
     )
+
+
+def remarks(path: Path, model: Path, out: Path, **values: Any) -> list[str]:
+    """What prepare says of a source before it counts samples."""
+    source = {"path": str(path), "user": "What?", "assistant": "{a}"}
+    said: list[str] = []
+    prepare(recipe(model, out, source, **values), say=said.append)
+    return [line for line in said if line.startswith("source.path")]
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_split_of_which_nothing_is_read_is_said(
+    tmp_path: Path, tiny_model: Path, is_saved: bool
+) -> None:
+    splits = {name: datasets.Dataset.from_list([{"a": name}]) for name in ("train", "test")}
+    both = tmp_path / "both"
+    if is_saved:
+        datasets.DatasetDict(splits).save_to_disk(both)
+    else:
+        both.mkdir()
+        for name, rows in splits.items():
+            rows.to_parquet(both / f"{name}.parquet")
+    assert remarks(both, tiny_model, tmp_path / "one") == [
+        f"source.path {both} has splits of which nothing is read: test; source.split 'train' says "
+        "which is"
+    ]
+    own = {"validation": {"split": "test"}}
+    assert remarks(both, tiny_model, tmp_path / "other", split=own) == []
 
 
 def test_a_saved_dataset_is_read_from_its_own_files(tmp_path: Path) -> None:
