@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy.special import gammaln
+from timing import describe_machine
 
 from phi3v.evaluation.metrics.intervals import LIMITS, UNIT, bounded_limits, rate_limits, resample
 from phi3v.evaluation.metrics.paired import APART
@@ -64,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=2000, help="of each number of rows")
     samples = parser.parse_args().samples
+    print(describe_machine())
     least = {n: rate_coverage(n) for n in ROWS}
     print("rates, least:", ", ".join(f"n={n} {held:.1%}" for n, held in least.items()))
     sizes = (6, 30, 100, 1000)

@@ -35,6 +35,7 @@ SMALL = {
     "checkpoint.py": ["--gib=0.001", "--repeats=1", "--products=1"],
     "step.py": ["--models", "tiny", "--samples=8", "--repeats=1"],
     "collectives.py": ["--width=192"],
+    "intervals.py": ["--samples=20"],
     "gpu.py": ["--toy", "--steps=1"],
 }
 PIECES = {"timing.py", "mixture.py", "padded.py", "fullsize.py"} | {
@@ -248,6 +249,12 @@ def test_an_operation_that_waits_is_named_with_its_place(monkeypatch: pytest.Mon
         "below the dispatcher",
     ]
     assert x.grad is not None and mode == "default"
+
+
+def test_the_intervals_of_rates_hold_what_they_say() -> None:
+    rates = lines_of("intervals.py")[1]
+    held = [float(share) for share in re.findall(r"([\d.]+)%", rates)]
+    assert rates.startswith("rates, least: n=6 ") and min(held) >= 95
 
 
 def test_packing_is_compared_with_padding_and_with_chance() -> None:
