@@ -129,7 +129,7 @@ def test_the_shards_of_two_images_a_row_train(tmp_path: Path, tiny_model: Path) 
         f"data.shards={out}",
         f"deepspeed={ROOT / 'ds_configs' / 'zero3_cpu.json'}",
         "train={max_steps: 2}",
-        "optim.warmup_steps=0",
+        "optim.warmup_ratio=0",
         "eval.rows=2",
     ]
     done = run(*python(RECIPES / "nlvr2.yaml", *values), cwd=tmp_path)
