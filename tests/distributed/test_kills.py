@@ -26,7 +26,7 @@ from tests.tiny import recipe as dataset_recipe
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("PHI3V_KILLS", "20"))
+KILLS = int(os.environ.get("PHI3V_KILLS", "10"))
 SEED = os.environ.get("PHI3V_SEED") or str(time.time_ns())
 CONVERSIONS = max(1, KILLS // 7)  # of the kills
 STEPS = 3 * KILLS  # a kill comes after 1 to 4 steps that are made for the first time, or none
