@@ -120,35 +120,34 @@ def _builder(section: SourceSection) -> datasets.DatasetBuilder:
         return datasets.load_dataset_builder(_named(path), section.config)
 
 
-def unread(section: SourceSection) -> str | None:
-    """How many files of a folder belong to no split, as `datasets` sees it; None if all do."""
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds: the names of its splits, and files that belong to none."""
+
+    splits: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+def list_folder(section: SourceSection) -> Listing:
+    """The splits of a folder as `datasets` sees it; none of a file, or of what is on the hub."""
     folder = local_path(section.paths[0]).absolute()
-    if not folder.is_dir() or _is_saved(folder):
-        return None
+    if not folder.is_dir():
+        return Listing()
+    if _is_saved(folder):
+        names = folder / SAVED[0]
+        saved = json.loads(names.read_text(encoding="utf-8"))["splits"] if names.is_file() else ()
+        return Listing(tuple(saved))
     splits = _builder(section).config.data_files or {}
     known = {str(file) for of in splits.values() for file in of}
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    files = (file for file in files if file.suffix.lower() not in PAGES)
-    left = [
-        file for file in files if _is_plain(file.relative_to(folder)) and str(file) not in known
+    others = [
+        str(file.relative_to(folder))
+        for file in files
+        if file.suffix.lower() not in PAGES
+        and _is_plain(file.relative_to(folder))
+        and str(file) not in known
     ]
-    if not left or not known:
-        return None
-    return (
-        f"source.path {section.paths[0]}: {len(left):,} of its files are in no split and not read, "
-        f"such as {left[0].relative_to(folder)}"
-    )
-
-
-def split_names(section: SourceSection) -> list[str]:
-    """The splits of a folder; none of a file, and of what is on the hub, which is asked once."""
-    folder = local_path(section.paths[0])
-    if not folder.is_dir():
-        return []
-    if not _is_saved(folder):
-        return [str(name) for name in _builder(section).config.data_files or {}]
-    listed = folder / SAVED[0]
-    return json.loads(listed.read_text(encoding="utf-8"))["splits"] if listed.is_file() else []
+    return Listing(tuple(map(str, splits)), tuple(others) if known else ())
 
 
 def _is_plain(path: Path) -> bool:

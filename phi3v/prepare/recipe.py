@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from phi3v.files import sha256, write_json
 from phi3v.pictures import PUBLISHED
 from phi3v.prepare.conversations import check_columns, check_hits
 from phi3v.prepare.convert import convert_digest
-from phi3v.prepare.hub import split_names
 from phi3v.prepare.inputs import open_processor
 from phi3v.prepare.lock import locked
 from phi3v.prepare.plan import Plan, WorkFolder
@@ -138,7 +137,7 @@ def make_plan(
             return plan
         sources = [_open(cfg, number, work) for number in range(len(cfg.sources))]
         remarks = [remark for source in sources for remark in source.remarks]
-        for remark in dict.fromkeys([*remarks, *_unread_splits(cfg)]):
+        for remark in dict.fromkeys([*remarks, *_unread_splits(cfg, sources)]):
             say(remark)
         states = tuple(source.state() for source in sources)
         plan = Plan(recipe, states, tuple(source.num_rows for source in sources))
@@ -146,17 +145,17 @@ def make_plan(
         return plan
 
 
-def _unread_splits(cfg: DatasetConfig) -> list[str]:
+def _unread_splits(cfg: DatasetConfig, sources: Sequence[Source]) -> list[str]:
     """Remarks on splits that a source has and the recipe reads nothing of."""
     remarks = []
-    for section in cfg.sources:
-        same = [other.split for other in cfg.sources if other.paths == section.paths]
+    for source in sources:
+        same = [other.split for other in cfg.sources if other.paths == source.section.paths]
         read = {word for split in same for word in re.findall(r"\w+", split)}
-        others = [name for name in split_names(section) if name not in read]
+        others = [name for name in source.listing.splits if name not in read]
         if others and "all" not in read:
             remarks.append(
-                f"source.path {section.paths[0]} has splits of which nothing is read: "
-                f"{', '.join(others)}; source.split {section.split!r} says which is"
+                f"source.path {source.path} has splits of which nothing is read: "
+                f"{', '.join(others)}; source.split {source.section.split!r} says which is"
             )
     return remarks
 

@@ -12,6 +12,7 @@ rejected and counted; a file that cannot be cut into rows is refused.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from phi3v.files import disguise, sha256
 from phi3v.places import local_path, nearby
 from phi3v.prepare.convert import converted
 from phi3v.prepare.folders import FolderRows
-from phi3v.prepare.hub import hub_digest, is_hub_name, open_dataset, unread
+from phi3v.prepare.hub import Listing, hub_digest, is_hub_name, list_folder, open_dataset
 from phi3v.prepare.rows import Row, Rows
 from phi3v.prepare.tables import open_table
 from phi3v.prepare.text import KINDS, MARK, TextRows, open_text, usual_delimiter
@@ -45,7 +46,22 @@ class Source:
     @property
     def remarks(self) -> list[str]:
         """What was guessed of the source, or is not read of it, to be said."""
-        return [remark for remark in (self._delimiter, unread(self.section)) if remark]
+        return [remark for remark in (self._delimiter, self._unread) if remark]
+
+    @cached_property
+    def listing(self) -> Listing:
+        """What its folder holds; `datasets` is asked once."""
+        return list_folder(self.section)
+
+    @property
+    def _unread(self) -> str | None:
+        files = self.listing.unread
+        if not files:
+            return None
+        return (
+            f"source.path {self.path}: {len(files):,} of its files are in no split and not read, "
+            f"such as {files[0]}"
+        )
 
     @property
     def _delimiter(self) -> str | None:
