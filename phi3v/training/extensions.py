@@ -31,6 +31,7 @@ from types import ModuleType
 import torch
 
 from phi3v.config import DeepSpeedConfig
+from phi3v.devices import has_cuda
 from phi3v.errors import ConfigError
 from phi3v.files import write_json
 
@@ -184,7 +185,7 @@ def _vectors() -> list[str]:
 
 def _capabilities() -> list[str]:
     """Compute capabilities of the GPUs that torch sees, each once."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count() if has_cuda() else 0
     pairs = {torch.cuda.get_device_capability(index) for index in range(count)}
     return [f"{major}.{minor}" for major, minor in sorted(pairs)]
 
@@ -248,7 +249,7 @@ def _check_compilers(ds: DeepSpeedConfig, extension: Extension) -> None:
     missing = []
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         missing.append(f"a C++ compiler ({os.environ.get('CXX', 'c++')})")
-    if extension.needs == DEVICE and torch.cuda.is_available():
+    if extension.needs == DEVICE and has_cuda():
         home = os.environ.get("CUDA_HOME")
         if shutil.which("nvcc") is None and not (home and Path(home, "bin/nvcc").is_file()):
             missing.append(f"nvcc of CUDA {torch.version.cuda} (CUDA_HOME is {home or 'not set'})")
