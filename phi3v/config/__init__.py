@@ -13,6 +13,7 @@ from phi3v.config.deepspeed import DeepSpeedConfig, default_deepspeed, load_deep
 from phi3v.config.load import (
     build_recipe,
     deepspeed_overrides,
+    differences,
     differing_keys,
     dump_yaml,
     load_recipe,
@@ -32,6 +33,7 @@ __all__ = [
     "check_warmup",
     "deepspeed_overrides",
     "default_deepspeed",
+    "differences",
     "differing_keys",
     "dump_yaml",
     "is_smoke_run",

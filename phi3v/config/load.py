@@ -164,15 +164,24 @@ def dump_yaml(cfg: RunConfig | DatasetConfig) -> str:
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """List the dotted keys whose values differ; one that a recipe does not have counts as null.
-
-    So a recipe written before an optional key existed is the same as one that does not use it.
+    """List the dotted keys whose values differ, as `differences` has them.
 
     Example: {"optim": {"lr": 1.0}} and {"optim": {"lr": 2.0}} give ["optim.lr"].
     """
+    return list(differences(a, b))
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of each dotted key whose values differ; one that a recipe does not have is null.
+
+    So a recipe written before an optional key existed is the same as one that does not use it.
+
+    Example: {"optim": {"lr": 1.0}} and {"optim": {"lr": 2.0}} give {"optim.lr": (1.0, 2.0)}.
+    """
     left, right = dict(_flatten(a)), dict(_flatten(b))
     keys = dict.fromkeys([*left, *right])
-    return [key for key in keys if left.get(key) != right.get(key)]
+    pairs = {key: (left.get(key), right.get(key)) for key in keys}
+    return {key: (one, other) for key, (one, other) in pairs.items() if one != other}
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

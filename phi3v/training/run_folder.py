@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import time
@@ -17,7 +16,7 @@ from typing import IO, Any
 import torch
 import yaml
 
-from phi3v.config import DeepSpeedConfig, RunConfig, differing_keys, dump_yaml, to_dict
+from phi3v.config import DeepSpeedConfig, RunConfig, differences, dump_yaml, to_dict
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.files import append_json, read_lines, sync, write_json, write_text
@@ -124,16 +123,16 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             return
         before = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        now = to_dict(cfg)
-        keys = differing_keys(_meant(before), _meant(now))
-        different = [key for key in keys if not key.startswith(CHANGEABLE)]
+        found = differences(_meant(before), _meant(to_dict(cfg)))
+        different = {key: pair for key, pair in found.items() if not key.startswith(CHANGEABLE)}
         if "model.path" in different and self._is_same_model(before, cfg):
-            different.remove("model.path")
+            del different["model.path"]
         before_ds = json.loads((self.path / DEEPSPEED).read_text(encoding="utf-8"))
-        changes = [_change(key, before, now) for key in different]
-        changes += [
-            f"{ds.path.name}: {_change(key, before_ds, ds.json)}"
-            for key in differing_keys(before_ds, ds.json)
+        of_json = differences(before_ds, ds.json)
+        different |= {f"{ds.path.name}: {key}": pair for key, pair in of_json.items()}
+        changes = [
+            f"{key} was {json.dumps(was)} and is {json.dumps(is_now)}"
+            for key, (was, is_now) in different.items()
         ]
         if changes:
             raise ConfigError(
@@ -244,22 +243,6 @@ def _meant(recipe: Mapping[str, Any]) -> dict[str, Any]:
     optim = dict(recipe.get("optim") or {})
     optim["warmup_steps"] = optim.get("warmup_steps") or None
     return {**recipe, "optim": optim}
-
-
-def _change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What was made of the value at a dotted key: "optim.lr was 0.001 and is 0.003"."""
-    was, is_now = (json.dumps(_value(tree, key)) for tree in (before, now))
-    return f"{key} was {was} and is {is_now}"
-
-
-def _value(tree: Any, key: str) -> Any:
-    """The value at a dotted key, data.shards[0].path too; None where there is none."""
-    for name in re.findall(r"[^.[\]]+", key):
-        if isinstance(tree, list):
-            tree = tree[int(name)] if int(name) < len(tree) else None
-        else:
-            tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
 
 
 def _this_process() -> str:
