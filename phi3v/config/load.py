@@ -68,7 +68,7 @@ class _Origin:
     def of_fault(self, fault: str, cls: type, prefix: str) -> str:
         """Name the places of all keys that a section's fault is about.
 
-        They are named before its first semicolon; what stands behind it is advice.
+        They are named before its first semicolon; what stands after it is advice.
         """
         about = fault.partition(";")[0]
         keys = [prefix + field.name for field in fields(cls)]

@@ -144,7 +144,7 @@ def _prompt(
 
 
 def _asked(values: Mapping[str, Any]) -> tuple[list[Message], list[Any]]:
-    """The question of a row with a `prompt`, behind its system text if it has one; its images."""
+    """The question of a row with a `prompt`, after its system text if it has one; its images."""
     check_keys(values, FORMATS["prompt"].row, (), "the row")
     text, system = values["prompt"], values.get("system")
     if not isinstance(text, str):

@@ -121,7 +121,7 @@ class ImageCache:
 def local_images(
     places: Sequence[str], is_allowed: Callable[[str], bool] | None = None
 ) -> Iterator[list[Path]]:
-    """Files of pictures, those at http(s) addresses fetched; what was fetched is removed behind.
+    """Files of pictures, those at http(s) addresses fetched; what was fetched is removed after use.
 
     is_allowed  as of `ImageCache`
 

@@ -173,7 +173,7 @@ def orientation(image: Image.Image) -> int:
 def upright_size(image: Image.Image, data: bytes, rules: ImagesSection) -> tuple[int, int]:
     """Width and height that `to_rgb` will give of a picture that is not decoded yet.
 
-    data  the whole file: a PNG may tell its orientation behind its pixels
+    data  the whole file: a PNG may tell its orientation after its pixels
     """
     width, height = image.size
     if rules.exif == "published":
@@ -204,7 +204,7 @@ def _told(image: Image.Image, getexif: Callable[[Any], Image.Exif]) -> int:
 
 
 def _tells_late(data: bytes) -> bool:
-    """Whether a PNG has chunks behind its pixels that may tell an orientation."""
+    """Whether a PNG has chunks after its pixels that may tell an orientation."""
     place, has_pixels = 8, False
     while place + 8 <= len(data):
         name = data[place + 4 : place + 8]

@@ -105,7 +105,7 @@ def tell_start(run: Run, done: int) -> None:
     if not (run.folder.path / CONFIG).is_file():
         return
     if done == run.total_steps:
-        say(f"{run.folder.path} goes on behind its last step, {done:,}: with its evaluation")
+        say(f"{run.folder.path} goes on after its last step, {done:,}: with its evaluation")
     else:
         why = f"after step {done:,}" if done else "for it has no checkpoint"
         say(f"{run.folder.path} goes on with step {done + 1:,} of {run.total_steps:,}, {why}")

@@ -300,7 +300,7 @@ def test_a_start_says_with_which_step_a_run_goes_on(
     run.folder.write_origin(run.cfg, run.ds, {}, world_size=2)
     assert told(0)[1] == f"{place} goes on with step 1 of 3, for it has no checkpoint"
     assert told(2)[1] == f"{place} goes on with step 3 of 3, after step 2"
-    assert told(3)[1] == f"{place} goes on behind its last step, 3: with its evaluation"
+    assert told(3)[1] == f"{place} goes on after its last step, 3: with its evaluation"
 
 
 def test_a_sink_that_cannot_work_is_refused_before_the_ranks_meet(values: dict[str, Any]) -> None:
