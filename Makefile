@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test fast check soak bench gpu format clean
+.PHONY: setup demo test fast check soak mutants bench gpu format clean
 
 setup: $(READY)
 
@@ -31,6 +31,10 @@ check: setup
 # A run is killed 200 times and goes on; half an hour. Its first line says how to repeat a failure.
 soak: setup
 	PHI3V_KILLS=200 $(BIN)/python -m pytest -s tests/distributed/test_kills.py
+
+# Known faults, one at a time in a copy of the code: the fast tests must notice each; 20 minutes.
+mutants: setup
+	$(BIN)/python tests/mutants/mutate.py
 
 # Tables of this machine, quiet for half an hour; benchmarks/README.md says what each is.
 bench: setup

@@ -122,6 +122,13 @@ def test_the_steps_are_a_function_of_fingerprint_seed_and_epoch() -> None:
     assert as_lists(epoch_of(make_plan(), 3)) != first
 
 
+def test_each_epoch_packs_other_samples_together() -> None:
+    plan = make_plan()
+    together = [{frozenset(pack.tolist()) for pack in packs_of(plan, epoch)} for epoch in (0, 1, 2)]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert len(together[one] & together[other]) < len(together[one]) / 2
+
+
 def test_the_order_is_that_of_the_first_release() -> None:
     """A checkpoint's position means nothing if this changes: say so in CHANGELOG, then renew."""
     assert as_lists(epoch_of(make_plan(samples=9))) == GOLDEN
@@ -265,6 +272,12 @@ def test_with_epochs_the_sequence_ends_and_without_it_goes_on() -> None:
     assert len(list(plan.steps(Position(), epochs=2))) == both == plan.count(2)
     assert not list(plan.steps(Position(2), epochs=2))
     assert len(list(islice(plan.steps(Position()), 5 * both))) == 5 * both
+
+
+def test_a_sample_as_large_as_a_pack_fits() -> None:
+    plan = make_plan()
+    exact = Budget(int(plan.tokens.max()), int(plan.views.max()), window=16)
+    assert replace(plan, budget=exact).first_too_large() is None
 
 
 @pytest.mark.parametrize("budget", [Budget(50, 20, 16), Budget(100, 10, 16)])

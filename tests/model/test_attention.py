@@ -201,6 +201,14 @@ def test_a_padded_batch_has_the_same_numbers_under_every_name(name: str) -> None
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_padded_query_sees_itself_alone_and_no_token_sees_padding(window: int | None) -> None:
+    mask = padding_mask(torch.tensor([[0, 0, 1, 1, 1]]), 5, 5, window, CPU)
+    assert mask is not None
+    assert torch.equal(mask[0, 0, :2], torch.eye(5, dtype=torch.bool)[:2])
+    assert not mask[0, 0, 2:, :2].any()
+
+
 @pytest.mark.parametrize("name", BACKENDS.values())
 def test_a_model_can_be_made_under_every_name(name: str) -> None:
     """transformers imports a package of its own for names with "flash" in them."""

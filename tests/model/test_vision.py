@@ -99,6 +99,17 @@ def test_the_layer_behind_the_feature_is_not_computed() -> None:
     assert features.isfinite().all()
 
 
+def test_what_the_tower_gives_of_a_view_are_its_patches_without_the_class_token() -> None:
+    tower = embedding(2).img_processor.vision_model
+    view = views_of(2, 1)
+    with torch.no_grad():
+        states = tower.encoder(tower.pre_layrnorm(tower.embeddings(view)))  # (1, 1 + 16, C)
+        patches = tower.embeddings.patch_embedding(view).flatten(2).transpose(1, 2)
+        places = tower.embeddings.position_embedding.weight
+        assert torch.equal(tower.embeddings(view)[0, 1:], patches[0] + places[1:])
+        assert torch.equal(tower(view), states[:, 1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_image_gives_zeros_in_which_every_trained_parameter_has_its_part(
     dtype: torch.dtype,
