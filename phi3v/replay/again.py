@@ -26,7 +26,7 @@ from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.replay.steps import TakenStep
 from phi3v.training import zero
-from phi3v.training.checkpoints.resuming import choose, restore
+from phi3v.training.checkpoints.resuming import Choice, choose, restore
 from phi3v.training.checkpoints.saving import Progress
 from phi3v.training.checkpoints.store import step_name, steps_saved
 from phi3v.training.loop import StepResult, train_step
@@ -82,11 +82,16 @@ def before(taken: TakenStep, ranks: Ranks) -> Iterator[Again]:
     run = place_run(*places, max(taken.lines))
     seed(run.cfg)
     with _linked(taken, ranks) as checkpoints:
-        choice = choose(checkpoints, ranks, beat=lambda: None, before=taken.number)
+        choice = _choose(taken, checkpoints, ranks)
         check_data(run, dict(choice.manifest) if choice else {})
         engine = build(run)
         zero.set_timeouts(limit)  # DeepSpeed has made groups of its own
-        done = restore(engine, choice, ranks)
+        try:
+            done = restore(engine, choice, ranks)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{error.filename} was removed by its run meanwhile; start again"
+            ) from error
         zero.leave_together()  # all have read it
     if ranks.is_first:
         start = f"its checkpoint of step {done.step}" if choice else "its base model"
@@ -94,6 +99,15 @@ def before(taken: TakenStep, ranks: Ranks) -> Iterator[Again]:
         print(f"{run.folder.path}: from {start}, {more:,} steps to take", file=sys.stderr)
     yield Again(taken, run, engine, done)
     zero.leave_together()
+
+
+def _choose(taken: TakenStep, checkpoints: Path, ranks: Ranks) -> Choice | None:
+    """The checkpoint to begin with; an error names the run's own folder, not that of the links."""
+    try:
+        return choose(checkpoints, ranks, beat=lambda: None, before=taken.number)
+    except CheckpointError as error:
+        own = str(taken.folder.checkpoints)
+        raise CheckpointError(str(error).replace(str(checkpoints), own)) from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from phi3v.replay.listing import number_text
 from phi3v.training.loop import StepResult
 from phi3v.training.run_folder import METRICS, describe_environment
 
-# By precision. Measured on CPU ranks, a tiny model, docs/operations.md: between 1 and 2 ranks.
+# By precision; docs/operations.md has what was measured.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 LEAST = 0.01  # smaller numbers are compared as if they were as large: their rounding is not smaller
 MACHINE = ("host", "device", "python", "versions", "commit")  # of environment.json
@@ -102,7 +102,8 @@ class Check:
         run, written = self.again.run, self.again.taken.environment
         own = run.ranks.world_size
         others = sorted(str(ranks) for ranks in self.ranks - {own})
-        reasons = [f"{own} ranks instead of {' and '.join(others)}"] if others else []
+        num = f"{own} rank{'s' * (own > 1)}"
+        reasons = [f"{num} instead of {' and '.join(others)}"] if others else []
         now: Mapping[str, Any] = describe_environment(own)
         reasons += [f"another {name}" for name in MACHINE if written.get(name) != now[name]]
         if run.device.type != "cpu" and not run.cfg.debug.deterministic:
