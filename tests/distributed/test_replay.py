@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 REPLAY = LAUNCH / "replay.py"
 STRANGE = "row 7"
-STEPS = 22
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
         "run": {"out": "run"},
         "model": {"path": str(tiny_model)},
         "data": {"shards": "shards", "max_tokens": longest},
-        "optim": {"lr": 2e-3, "schedule": "linear", "warmup_steps": 4},
+        "optim": {"lr": 2e-3, "schedule": "constant"},
         "train": {"max_steps": STEPS},
         "eval": {"rows": 0},
-        "checkpoint": {"every": 8, "keep": 2},
+        "checkpoint": {"every": 8, "keep": 4},
         "faults": {"spike": 2.0},
         "deepspeed": str(folder / "ds.json"),
     }
@@ -74,13 +74,14 @@ def test_as_many_ranks_give_the_very_numbers_beyond_a_step_that_was_skipped(
     command = ranks(2, REPLAY, "run", "--step", last, "--check")
     done = run(*command, cwd=trained, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    *steps, verdict = done.stdout.splitlines()
+    # DeepSpeed says there that it skips a step.
+    *steps, verdict = [line for line in done.stdout.splitlines() if "[Rank 0]" not in line]
     first = next(int(line.split()[1].rstrip(":")) for line in steps)
-    assert first in (1, 9, 17) and len(steps) == last - first + 1
+    assert first % 8 == 1 and first > 8 and len(steps) == last - first + 1
     assert all(line.count("the same bits") + line.count("(the same)") == 2 for line in steps)
     assert any("gradient norm not finite, in metrics.jsonl not finite" in line for line in steps)
     assert verdict == f"{len(steps)} steps of run: the same bits as in metrics.jsonl"
-    assert contents(trained / "run") == before and not list(tmp_path.iterdir())
+    assert contents(trained / "run") == before and not list(tmp_path.glob("phi3v-replay-*"))
 
 
 def test_one_rank_agrees_and_names_the_sample_that_carries_the_spike(
@@ -94,13 +95,14 @@ def test_one_rank_agrees_and_names_the_sample_that_carries_the_spike(
     head = next(n for n, line in enumerate(lines) if line.split()[:1] == ["adds"])
     assert f"  {STRANGE} (shards, train[7]; " in lines[head + 1]
     assert lines[head + 1].endswith("rows.jsonl, row 8)")
-    adds = [float(line.split()[0]) for line in lines[head + 1 : head + 5]]
-    assert adds == sorted(adds, reverse=True) and adds[0] > 100 * max(adds[1], 1e-9)
-    assert f"the largest gradient is that of {STRANGE}" in lines
+    end = lines.index(f"the largest gradient is that of {STRANGE}")
+    adds = [float(line.split()[0]) for line in lines[head + 1 : end]]
+    assert len(adds) > 1 and adds == sorted(adds, reverse=True)
+    assert adds[0] > 100 * max(adds[1], 1e-9)
     found = float(lines[head - 2].split("one by one ")[1].split(",")[0])
     assert found == pytest.approx(metrics(trained / "run")[step - 1]["loss"], rel=1e-5)
     assert " off at most, 0.0001 agree; with 1 rank instead of 2" in lines[-1]
-    assert contents(trained / "run") == before and not list(tmp_path.iterdir())
+    assert contents(trained / "run") == before and not list(tmp_path.glob("phi3v-replay-*"))
 
 
 def test_numbers_that_are_not_the_runs_end_in_exit_code_1(trained: Path, tmp_path: Path) -> None:
