@@ -6,6 +6,7 @@ import json
 import math
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 
 from phi3v.data.mixture import qualified_id
+from phi3v.data.packing import PlannedStep
 from phi3v.errors import ConfigError
 from phi3v.processing import Phi3VProcessor
 from phi3v.replay.bisect import Carrier, by_excess, usual_loss
 from phi3v.replay.check import Pair
 from phi3v.replay.listing import list_step
 from phi3v.replay.steps import open_step
+from phi3v.training.opening import Run
 from phi3v.view.tokens import TokenText
 from tests.commands import LAUNCH
 from tests.page import Page
@@ -41,20 +44,32 @@ def test_every_sample_is_listed_pack_by_pack_with_where_it_comes_from(
     capsys: Capture,
 ) -> None:
     run = open_recipe(tmp_path / "run", tiny_model, str(tiny_shards))
-    taken = write_run(run)[5]
-    call(monkeypatch, tmp_path / "run", "--step", 6)
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith(
-        f"step 6 of {tmp_path}/run: epoch 1, window 0, step {taken.at.step} (each from 0); loss "
-        "2.4, gradient norm 1.5; 8 packs, "
-    )
     with (catalogue / "products.csv").open(newline="") as file:
-        products = list(csv.DictReader(file))
-    data, expected = run.dataset, []
+        titles = [product["title"] for product in csv.DictReader(file)]
+    steps = write_run(run, run.plan.count(1) + 1)  # a whole epoch: pictures of all shapes
+    for number, taken in enumerate(steps, 1):
+        call(monkeypatch, tmp_path / "run", "--step", number)
+        head, *lines = capsys.readouterr().out.splitlines()
+        at = taken.at
+        assert head.startswith(
+            f"step {number} of {tmp_path}/run: epoch {at.epoch}, window {at.window}, step "
+            f"{at.step} (each from 0); loss {3 - number / 10:.9g}, gradient norm 1.5; 8 packs, "
+        )
+        expected = list(listed(run, taken, tiny_shards, catalogue, titles))
+        assert len(lines) == len(expected)
+        for line, start in zip(lines, expected, strict=True):
+            assert line == start if "answer " not in start else line.startswith(start)
+
+
+def listed(
+    run: Run, taken: PlannedStep, shards: Path, catalogue: Path, titles: list[str]
+) -> Iterator[str]:
+    """What the list should say; of an answer its beginning."""
+    data = run.dataset
     for number, pack in enumerate(taken.packs, 1):
         sums = [int(v[pack].sum()) for v in (data.tokens, data.label_tokens, data.views)]
         sizes = "{:,} tokens, {:,} trained, {:,} views"
-        expected.append(f"pack {number} of 8: {len(pack):,} samples, {sizes.format(*sums)}")
+        yield f"pack {number} of 8: {len(pack):,} samples, {sizes.format(*sums)}"
         for index in pack.tolist():
             sample = data[index]
             (canvas,) = (image.pixels for image in sample.images)
@@ -62,19 +77,13 @@ def test_every_sample_is_listed_pack_by_pack_with_where_it_comes_from(
             own = sizes.format(data.tokens[index], data.label_tokens[index], data.views[index])
             place = f"{catalogue}/products.csv, row {sample.meta['row'] + 1}"
             height, width = canvas.shape[:2]
-            expected += [
-                f"  {sample.id}: {own}",
-                f"    dataset   {tiny_shards}, train[{index}]",
-                f"    source    {place}",
-                f"    picture 1 {width} x {height} pixels, sha256 {digest}",
-                '    prompt    "<s><|user|> \\n<|image_1|><s> \\nWhat is shown in this image?'
-                '<|end|> \\n<|assistant|>"',
-            ]
-            title = products[sample.meta["row"]]["title"]
-            expected.append(f'    answer    "Product: {title}, ')
-    assert len(lines) == len(expected)
-    for line, start in zip(lines, expected, strict=True):
-        assert line == start if "answer " not in start else line.startswith(start)
+            yield f"  {sample.id}: {own}"
+            yield f"    dataset   {shards}, train[{index}]"
+            yield f"    source    {place}"
+            yield f"    picture 1 {width} x {height} pixels, sha256 {digest}"
+            prompt = r"<s><|user|> \n<|image_1|><s> \nWhat is shown in this image?<|end|> \n"
+            yield f'    prompt    "{prompt}<|assistant|>"'
+            yield f'    answer    "Product: {titles[sample.meta["row"]]}, '
 
 
 def test_samples_of_several_datasets_are_called_by_both_and_what_is_not_known_is_said(
@@ -82,16 +91,18 @@ def test_samples_of_several_datasets_are_called_by_both_and_what_is_not_known_is
 ) -> None:
     shards = [{"path": str(tiny_shards)}, {"path": str(mixed_shards), "weight": 0.5}]
     run = open_recipe(tmp_path / "run", tiny_model, shards)
-    (taken, *_) = write_run(run, 1)
+    steps = write_run(run, run.plan.count(1))
     text = TokenText(Phi3VProcessor.from_pretrained(tiny_model).tokenizer)
-    lines = list(list_step(open_step(tmp_path / "run", 1), text))
+    opened = [open_step(tmp_path / "run", number) for number in range(1, len(steps) + 1)]
+    lines = [line for step in opened for line in list_step(step, text)]
     named = [line for line in lines if line.startswith("  ") and line[2] != " "]
     found = [line.strip().split(": ")[0] for line in named]
-    samples = np.concatenate(taken.packs).tolist()
+    samples = np.concatenate([pack for step in steps for pack in step.packs]).tolist()
     assert found == [qualified_id(run.dataset, index) for index in samples]
     assert {name.split(":")[0] for name in found} == {"products", "shards"}
     without = sum(not run.dataset[index].images for index in samples)
-    assert sum("picture 1" in line for line in lines) == len(samples) - without < len(samples)
+    assert without
+    assert sum("picture 1" in line for line in lines) == len(samples) - without
 
 
 def test_the_page_shows_every_sample_with_its_picture_and_needs_nothing(
