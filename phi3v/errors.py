@@ -5,12 +5,13 @@
       ShardError       a shard is missing, corrupt, or was made by another recipe
       SampleError      one conversation or image cannot be used (carries its id)
       CheckpointError  incomplete, or does not fit this run
+      Disagreement     a step that was taken again gave other numbers than its run wrote down
       Diverged         a run did all its steps, and its loss rose far above where it began
       Stopped          no mistake: the run was asked to stop, and has saved
 
 A message is one sentence: what, the value seen, where, and what to do. Commands turn these errors
-into their exit code (2; 75 for Stopped) and that one line on stderr; anything else is a defect and
-keeps its traceback.
+into their exit code (2; 1 for Disagreement, 75 for Stopped) and that one line on stderr; anything
+else is a defect and keeps its traceback.
 """
 
 
@@ -38,6 +39,15 @@ class SampleError(Phi3VError):
 
 class CheckpointError(Phi3VError):
     """A checkpoint is incomplete or does not fit the run."""
+
+
+class Disagreement(Phi3VError):
+    """A step that was taken again gave other numbers than its run wrote down.
+
+    What was asked is answered, and the answer is no: as of a comparison, the exit code is 1.
+    """
+
+    exit_code = 1
 
 
 class Diverged(Phi3VError):

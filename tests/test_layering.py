@@ -18,7 +18,7 @@ LAYERS = (
     {"prepare", "evaluation"},
     {"training", "view"},
     {"export"},
-    {"samples"},
+    {"samples", "replay"},
 )
 OWNERS = {
     "deepspeed": {

@@ -4,7 +4,8 @@
     data[len(data.datasets[0])]  # the first sample of llava
 
 A weight says how often an epoch holds a sample; nothing is repeated or left out here, `parts` tells
-the plan. Samples of two datasets may have the same id.
+the plan. Samples of two datasets may have the same id: whoever names one to people does it by
+`qualified_id`.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ class Mixture:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        dataset, own = self._place(index)
+        dataset, own = self.place(index)
         return dataset[own]
 
     def __iter__(self) -> Iterator[Sample]:
@@ -61,12 +62,17 @@ class Mixture:
 
     def read_meta(self, index: int) -> dict[str, Any]:
         """As `Dataset.read_meta`."""
-        dataset, own = self._place(index)
+        dataset, own = self.place(index)
         return dataset.read_meta(own)
+
+    def read_id(self, index: int) -> str:
+        """As `Dataset.read_id`."""
+        dataset, own = self.place(index)
+        return dataset.read_id(own)
 
     def read_into(self, index: int, buffer: Any) -> Sample:
         """As `Dataset.read_into`."""
-        dataset, own = self._place(index)
+        dataset, own = self.place(index)
         return dataset.read_into(own, buffer)
 
     @property
@@ -83,12 +89,39 @@ class Mixture:
         pairs = [(d.fingerprint, w) for d, w in zip(self.datasets, self.weights, strict=True)]
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
-    def _place(self, index: int) -> tuple[Dataset, int]:
+    def place(self, index: int) -> tuple[Dataset, int]:
         """Which dataset a sample belongs to, and its number there."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         part = bisect_right(self._starts, index) - 1
         return self.datasets[part], index - self._starts[part]
+
+
+def qualified_id(data: Dataset | Mixture, index: int) -> str:
+    """What a sample is called wherever people read of it: its id, of several datasets DATASET:ID.
+
+    An id belongs to one sample of a dataset (`prepare` sees to that), and `names` are the datasets'
+    own, so that no two samples are called the same.
+    """
+    dataset, _ = data.place(index)
+    name = names(data.datasets)[data.datasets.index(dataset)]
+    return f"{name}:{data.read_id(index)}" if name else data.read_id(index)
+
+
+def names(datasets: Sequence[Dataset]) -> list[str]:
+    """What tells several datasets apart: as much of the end of each folder's path as that takes.
+
+    a/docvqa, b/llava -> docvqa, llava; a/train, b/train -> a/train, b/train; "" for a single one
+    """
+    if len(datasets) == 1:
+        return [""]
+    folders = [dataset.folder.absolute().parts for dataset in datasets]
+    longest = max(map(len, folders))
+    for length in range(1, longest + 1):
+        ends = ["/".join(parts[-length:]) for parts in folders]
+        if len(set(ends)) == len(set(folders)):
+            break
+    return ends
 
 
 def open_datasets(

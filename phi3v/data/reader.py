@@ -120,6 +120,17 @@ class Dataset:
         with self._named(index):
             return _meta(_batch(self._mapped(index)))
 
+    def read_id(self, index: int) -> str:
+        """Read a sample's id alone, as `read_meta`."""
+        self._check_index(index)
+        with self._named(index):
+            return str(_batch(self._mapped(index))["id"][0].as_py())
+
+    def place(self, index: int) -> tuple["Dataset", int]:
+        """Itself and the index, as of a `Mixture` the dataset and the sample's number in it."""
+        self._check_index(index)
+        return self, index
+
     def read_into(self, index: int, buffer: Any) -> Sample:
         """Read a sample into the first `message_bytes[index]` bytes of a writable buffer.
 

@@ -10,6 +10,7 @@ import torch
 
 from phi3v.config.running import EvalSection
 from phi3v.data.batch import collate, model_inputs
+from phi3v.data.mixture import qualified_id
 from phi3v.evaluation.controls import digest, exchange
 from phi3v.evaluation.generation import Generator
 from phi3v.evaluation.held_out import HeldOut, blind_prompt, prompt_of, question
@@ -160,7 +161,7 @@ def _answer_batch(
     return [
         Outcome(
             row=rows[place],
-            id=sample.id,
+            id=qualified_id(dataset, rows[place]),
             prompt=question(sample, generator.tokenizer),
             reference=sample.meta["reference"],
             prediction=text,

@@ -26,8 +26,8 @@ from phi3v.training.checkpoints.store import find_step, named_step
 from phi3v.training.run_folder import CONFIG, DATA, RunFolder
 
 
-def read_run(folder: Path) -> RunConfig:
-    """The resolved configuration of a run folder.
+def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The resolved configuration of a run folder, with overrides.
 
     Raises: ConfigError if it is no run folder.
     """
@@ -37,7 +37,9 @@ def read_run(folder: Path) -> RunConfig:
             f"{folder} holds no {CONFIG}, so it is no run folder; name the folder of a run "
             "(run.out of its recipe)"
         )
-    return build_recipe(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), path, [])
+    return build_recipe(
+        RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), path, overrides
+    )
 
 
 def evaluation_settings(model: Path, overrides: Sequence[str]) -> EvalSection:

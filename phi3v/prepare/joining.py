@@ -1,10 +1,12 @@
 """Between the passes: the tables of all chunks give the split and the shards.
 
-This is the one place that holds something of every row at once: about 40 bytes, and 60 more for
-each of its images while near duplicates are sought (100 MB for a million rows of one image).
+This is the one place that holds something of every row at once: about 40 bytes and its id, and 60
+bytes more for each of its images while near duplicates are sought (100 MB for a million rows of one
+image).
 """
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,14 +34,37 @@ def join_scans(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> list[Shard]:
     rows["tokens"] = _numbers(table, "tokens")
     rows["take"][usable] = np.where(sides.held_out, -1, take[usable])
     shards = plan_shards(rows["take"], _numbers(table, "bytes"), cfg.shard_bytes)
-    if work.read_shards() != shards or not np.array_equal(np.load(work.rows), rows):
+    shared = usable[_shares_id(table.select(["id", "row"]).take(usable))]
+    if work.read_shards() != shards or not (
+        _holds(work.rows, rows) and _holds(work.shared, shared)
+    ):
         shutil.rmtree(work.written)
         work.written.mkdir()
-    with replacing(work.rows) as temporary, temporary.open("wb") as file:
-        np.save(file, rows)
-    write_json(work.report, _report(table, sides, np.abs(rows["take"])))
+    for path, numbers in ((work.rows, rows), (work.shared, shared)):
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, numbers)
+    report = _report(table, sides, np.abs(rows["take"])) | {"shared_ids": len(shared)}
+    write_json(work.report, report)
     work.write_shards(shards)
     return shards
+
+
+def _holds(path: Path, numbers: np.ndarray) -> bool:
+    return np.array_equal(np.load(path), numbers)
+
+
+def _shares_id(table: pa.Table) -> np.ndarray:
+    """Whether each row is called as another is: bool (rows,). Without an id, it is by its number.
+
+    Where some are, those count that would be mistaken for one with a number behind its id.
+    """
+    numbers = pc.binary_join_element_wise('"', table["row"].cast(pa.string()), '"', "")
+    names = pc.coalesce(table["id"], numbers).combine_chunks()  # JSON, as in the scan
+    codes = names.dictionary_encode().indices.to_numpy()
+    is_shared = np.bincount(codes, minlength=1)[codes] > 1
+    if is_shared.any():
+        is_shared |= pc.match_substring_regex(names, '#[0-9]+"$').to_numpy(zero_copy_only=False)
+    return is_shared
 
 
 def _numbers(table: pa.Table, column: str) -> np.ndarray:

@@ -75,7 +75,8 @@ def clear(work: WorkFolder, manifest: dict[str, Any]) -> None:
     strays = [path for path in work.path.glob("*.arrow") if path.name not in listed]
     for path in (*strays, *work.path.glob(".*.tmp")):  # the latter are a killed process's
         path.unlink()
-    for path in (work.rows, work.shards, work.report, work.plan, work.digests, work.plan_lock):
+    made = (work.rows, work.shared, work.shards, work.report)
+    for path in (*made, work.plan, work.digests, work.plan_lock):
         path.unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@
       plan.json                   each source's rows and where they start in its file
       scan/0-00000012.arrow       pass 1: what is known of 256 rows of source 0
       rows.npy  shards.json       the split: every row's side; every shard's range of rows
+      shared.npy                  numbers of the rows whose id another row has, too
       report.json                 what the manifest will say of the split
       train-00000.arrow           pass 2: a shard, and beside it in written/
       written/train-00000.json    its entry for the manifest, its rejected rows, its label audit
@@ -144,6 +145,11 @@ class WorkFolder:
         return self.path / "rows.npy"
 
     @property
+    def shared(self) -> Path:
+        """Numbers of the rows whose id another row has, in order: their samples are called ID#N."""
+        return self.path / "shared.npy"
+
+    @property
     def shards(self) -> Path:
         return self.path / "shards.json"
 
@@ -187,7 +193,7 @@ class WorkFolder:
 
     def read_shards(self) -> list[Shard] | None:
         """The shards that were planned here, if the scan is over."""
-        if not self.shards.is_file():
+        if not (self.shards.is_file() and self.shared.is_file()):  # or work of an older version
             return None
         return [Shard(**shard) for shard in json.loads(self.shards.read_text(encoding="utf-8"))]
 

@@ -21,6 +21,11 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         for kind, found in split["audit"]["suspicious"].items():
             examples = ", ".join(found["examples"])
             yield f"  look at {found['count']:,} samples: {SUSPICIONS[kind]}, such as {examples}"
+    if shared := manifest.get("shared_ids"):
+        yield (
+            f"{shared:,} rows have an id that another row has, too: their samples are called ID#N "
+            "after their row's number, counted through all sources from 0"
+        )
     yield from _pictures(manifest)
     yield from _likeness(manifest)
     yield from _policy(manifest)

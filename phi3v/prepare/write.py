@@ -6,6 +6,7 @@ here; the shard then holds a sample less.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,17 +61,31 @@ def _samples(
 ) -> Iterator[tuple[dict[str, Any], Made | SampleError, int]]:
     """Of each row: its place (number among all, line, id), what it becomes, how often it counts."""
     known = np.load(inputs.work.rows, mmap_mode="r")
+    shared = np.load(inputs.work.shared, mmap_mode="r")
     for chunk in inputs.plan.parts(shard.start, shard.stop):
         first = inputs.plan.first_rows[chunk.source]
         rows = known[first + chunk.start : first + chunk.stop]
+        ends = np.searchsorted(shared, [first + chunk.start, first + chunk.stop])
+        of_shared = set(shared[slice(*ends)].tolist())
         times = times_in(shard.split, rows["take"])
         part = inputs.parts[chunk.source]
         for row, conversation in inputs.conversations(chunk, times > 0):
             index = row.number - chunk.start
+            number = first + row.number
             made = _build(part, row, conversation, int(rows["tokens"][index]))
-            place: dict[str, Any] = {"number": first + row.number, "line": row.line}
+            if number in of_shared:
+                made = _numbered(made, number)
+            place: dict[str, Any] = {"number": number, "line": row.line}
             place["id"] = row_id(row, part.section)
             yield place, made, int(times[index])
+
+
+def _numbered(made: Made | SampleError, number: int) -> Made | SampleError:
+    """A sample called by its row's number, too, for its id is not its alone."""
+    if isinstance(made, SampleError):
+        return made
+    sample, traits = made
+    return replace(sample, id=f"{sample.id}#{number}"), traits
 
 
 def _build(

@@ -22,6 +22,7 @@ from torch import Tensor
 from phi3v.config import DeepSpeedConfig, RunConfig
 from phi3v.data.batch import model_inputs
 from phi3v.data.loader import Loader, OnePack, Step
+from phi3v.data.mixture import qualified_id
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError
 from phi3v.model.sending import send
@@ -142,7 +143,8 @@ def run_until_bad(
         session.watchdog.beat()
         session.watchdog.settle()
         reason = reason_to_skip(result.loss, result.norm, limit)
-        metrics: dict[str, Any] = {"step": number, "epoch": step.at.epoch}
+        metrics: dict[str, Any] = {"step": number, "epoch": step.at.epoch, "at": asdict(step.at)}
+        metrics["ranks"] = ranks.world_size
         metrics |= {"loss": _finite(result.loss), "grad_norm": _finite(result.norm)}
         metrics |= {"grad_norms": {name: _finite(norm) for name, norm in result.norms.items()}}
         metrics["lr"] = rates
@@ -224,7 +226,7 @@ def note(session: Session, metrics: dict[str, Any], step: Step) -> None:
     if not run.ranks.is_first:
         return
     if reason:
-        samples = [[run.dataset[int(i)].id for i in pack] for pack in step.packs]
+        samples = [[qualified_id(run.dataset, int(i)) for i in pack] for pack in step.packs]
         fault = {"step": number, "at": asdict(step.at), "reason": reason}
         fault |= {name: metrics[name] for name in ("loss", "grad_norm")} | {"samples": samples}
         run.folder.faults.add(fault)

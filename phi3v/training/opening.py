@@ -13,7 +13,7 @@ import torch
 from phi3v.config import DeepSpeedConfig, RunConfig, check_warmup, is_smoke_run, to_dict
 from phi3v.data import Dataset
 from phi3v.data.audit import canvas_sizes
-from phi3v.data.mixture import SIZES, Mixture, open_datasets
+from phi3v.data.mixture import SIZES, Mixture, open_datasets, qualified_id
 from phi3v.data.packing import Budget, Plan, check_fits
 from phi3v.devices import take_device
 from phi3v.errors import ConfigError
@@ -79,17 +79,30 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     if cfg.eval.rows:
         open_held_out(cfg.data.folders, cfg.eval)
     plan = plan_steps(cfg, ds, dataset)
-    check_fits(plan, lambda index: dataset[index].id)
+    check_fits(plan, lambda index: qualified_id(dataset, index))
     steps = cfg.train.max_steps
     if steps is None:
         assert cfg.train.epochs is not None
         steps = plan.count(cfg.train.epochs)
     check_warmup(cfg, steps)
+    return place_run(cfg, ds, ranks, dataset, plan, steps)
+
+
+def place_run(
+    cfg: RunConfig,
+    ds: DeepSpeedConfig,
+    ranks: Ranks,
+    dataset: Dataset | Mixture,
+    plan: Plan,
+    total_steps: int,
+) -> Run:
+    """A run on this rank's device, with the kernels that it has there."""
     device = take_device(ranks.local_rank, ranks.local_size)
     execution = choose_execution(cfg.model, device, dtype_of(ds))
     if execution.eager_because and ranks.local_rank == 0:
         say(f"kernels of {socket.gethostname()} are not compiled: {execution.eager_because}")
-    return Run(cfg, ds, ranks, folder, dataset, plan, steps, device, execution)
+    folder = RunFolder(Path(cfg.run.out))
+    return Run(cfg, ds, ranks, folder, dataset, plan, total_steps, device, execution)
 
 
 def plan_steps(cfg: RunConfig, ds: DeepSpeedConfig, dataset: Dataset | Mixture) -> Plan:

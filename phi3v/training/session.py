@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from phi3v.config import to_dict
+from phi3v.config import RunConfig, to_dict
 from phi3v.data.mixture import open_datasets
 from phi3v.errors import CheckpointError, ConfigError, Stopped
 from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate
@@ -47,19 +47,13 @@ class Session:
 def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Progress]:
     """Build the engine, and load the newest whole checkpoint if there is one."""
     cfg, ranks, folder = run.cfg, run.ranks, run.folder
-    if cfg.debug.deterministic:
-        torch.use_deterministic_algorithms(True)
-    random.seed(cfg.run.seed)
-    np.random.seed(cfg.run.seed)
-    torch.manual_seed(cfg.run.seed)
+    seed(cfg)
     choice = choose(folder.checkpoints, ranks, watchdog.beat)
     check_length(run, choice.step if choice else 0)
     before = dict(choice.manifest) if choice else {}
     check_data(run, before)
     watchdog.beat()
-    model = load_model(cfg, run.ds)
-    model.set_execution(run.execution)
-    engine = zero.build_engine(model, parameter_groups(model, cfg), run.ds)
+    engine = build(run)
     zero.set_timeouts(watchdog.limit)  # DeepSpeed has made groups of its own
     watchdog.beat()
     done = restore(engine, choice, ranks)
@@ -84,6 +78,31 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     saver.scores.update(best_scores(folder.read_evaluations(), cfg.checkpoint.best))
     watchdog.beat()
     return Session(run, engine, saver, tracker, stop, watchdog), done
+
+
+def seed(cfg: RunConfig) -> None:
+    """Have everything random in this process follow from the run's seed."""
+    if cfg.debug.deterministic:
+        torch.use_deterministic_algorithms(True)
+    random.seed(cfg.run.seed)
+    np.random.seed(cfg.run.seed)
+    torch.manual_seed(cfg.run.seed)
+
+
+def build(run: Run) -> Any:
+    """The engine of a run, with the base model's weights; all ranks call."""
+    model = load_model(run.cfg, run.ds)
+    model.set_execution(run.execution)
+    return zero.build_engine(model, parameter_groups(model, run.cfg), run.ds)
+
+
+def gathered(run: Run, engine: Any) -> Phi3VForCausalLM:
+    """The engine's weights as a whole model on every rank's device; all ranks call."""
+    with torch.device("meta"):
+        whole = Phi3VForCausalLM(engine.module.config).to(dtype_of(run.ds))
+    whole = whole.to_empty(device=run.device)
+    zero.copy_weights(engine.module, whole)
+    return whole
 
 
 def check_length(run: Run, done: int) -> None:
@@ -208,11 +227,8 @@ def run_evaluation(session: Session) -> Evaluation | None:
 
     None if a rank was asked to stop on the way.
     """
-    run, engine, cfg = session.run, session.engine, session.run.cfg
-    with torch.device("meta"):
-        whole = Phi3VForCausalLM(engine.module.config).to(dtype_of(run.ds))
-    whole = whole.to_empty(device=run.device)
-    zero.copy_weights(engine.module, whole)
+    run, cfg = session.run, session.run.cfg
+    whole = gathered(run, session.engine)
     turn = Turn("evaluation", run.ranks.world_size)
 
     def tick() -> None:

@@ -1,13 +1,14 @@
 """How the dataset is spread: lengths, views, crop grids, aspect ratios, and packs of them."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 
 from phi3v.data import Dataset
 from phi3v.data.audit import bin_start, canvas_sizes
+from phi3v.data.mixture import Mixture
 from phi3v.data.packing import Budget, Plan, Position, check_fits
 from phi3v.evaluation.bars import Bar, bar_chart, histogram
 from phi3v.geometry import Grid, grid_of
@@ -59,15 +60,25 @@ def packs_section(dataset: Dataset, max_tokens: int | None, max_views: int | Non
     check_fits(plan, lambda index: dataset[index].id)
     packs = [step.packs[0] for step in plan.steps(Position(), epochs=1)]
     fill = float(dataset.tokens.sum()) / (len(packs) * budget.max_tokens)
-    parts = [[_part(dataset, int(index)) for index in pack] for pack in packs[:PACKS]]
-    count = f"the first {len(parts)} of {len(packs):,} packs" if len(packs) > PACKS else "all packs"
+    shown = packs[:PACKS]
+    count = f"the first {len(shown)} of {len(packs):,} packs" if len(packs) > PACKS else "all packs"
     return (
         f'<section id="packs"><h2>Packs</h2><p class="note">{count[0].upper()}{count[1:]} of an '
         f"epoch over {dataset.split}, each of {budget.max_tokens:,} tokens and {budget.max_views:,}"
         f" views at most: on average {100 * fill:.1f}% of the tokens are filled, by "
         f"{len(dataset) / len(packs):,.1f} samples. "
-        f"{_legend()}</p>{pack_chart('Samples end to end', parts, budget.max_tokens)}</section>\n"
+        f"{_legend()}</p>{_pack_chart(dataset, shown, budget.max_tokens)}</section>\n"
     )
+
+
+def drawn_packs(dataset: Dataset | Mixture, packs: Sequence[np.ndarray], max_tokens: int) -> str:
+    """Packs of so many tokens at most, drawn, and what the colours mean."""
+    return f'<p class="note">{_legend()}</p>{_pack_chart(dataset, packs, max_tokens)}'
+
+
+def _pack_chart(dataset: Dataset | Mixture, packs: Sequence[np.ndarray], max_tokens: int) -> str:
+    parts = [[_part(dataset, index) for index in pack.tolist()] for pack in packs]
+    return pack_chart("Samples end to end", parts, max_tokens)
 
 
 def _legend() -> str:
@@ -75,7 +86,7 @@ def _legend() -> str:
     return "".join(f' <span class="swatch in-{kind}"></span>&nbsp;{text}' for kind, text in kinds)
 
 
-def _part(dataset: Dataset, index: int) -> Part:
+def _part(dataset: Dataset | Mixture, index: int) -> Part:
     names = (dataset.image_tokens, dataset.label_tokens, dataset.tokens)
     image, trained, tokens = (int(values[index]) for values in names)
     return Part(image, tokens - image - trained, trained)

@@ -58,16 +58,33 @@ def write_view(folder: Path, out: Path, wishes: Wishes) -> None:
     manifest = read_manifest(folder)
     datasets = {split: Dataset(folder, split) for split in manifest["splits"]}
     processor = _open_processor(manifest, wishes.model)
+    check_out(out)
+    write_page(out, f"Dataset {folder}", "".join(_body(folder, datasets, processor, wishes)))
+
+
+def check_out(out: Path, option: str = "--out") -> None:
+    """Refuse a folder where the name of a page is due, before anything slow starts.
+
+    Raises: ConfigError
+    """
     if out.is_dir():
         raise ConfigError(
-            f"--out {out} is a folder; name a file in it, such as {out / 'view.html'}"
+            f"{option} {out} is a folder; name a file in it, such as {out / 'view.html'}"
         )
-    body = "".join(_body(folder, datasets, processor, wishes))
+
+
+def write_page(out: Path, title: str, body: str, option: str = "--out") -> None:
+    """Write a page with the look of this one, whole or not at all; `option` named the file.
+
+    Raises: ConfigError if it cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, html_page(f"Dataset {folder}", body, CHART_STYLE + VIEW_STYLE))
+        write_text(out, html_page(title, body, CHART_STYLE + VIEW_STYLE))
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error}); name another file") from error
+        raise ConfigError(
+            f"{option} {out} cannot be written ({error}); name another file"
+        ) from error
 
 
 def _open_processor(manifest: Mapping[str, Any], model: str | None) -> Phi3VProcessor:

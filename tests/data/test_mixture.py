@@ -9,7 +9,7 @@ import pytest
 
 from phi3v.data import Dataset
 from phi3v.data.codecs import Codec
-from phi3v.data.mixture import Mixture, open_datasets
+from phi3v.data.mixture import Mixture, names, open_datasets, qualified_id
 from phi3v.errors import ConfigError, ShardError
 from tests.tiny import RAW, assert_same, make_sample, write_samples
 
@@ -155,3 +155,32 @@ def test_held_out_rows_come_from_the_folders_that_have_them(
         open_datasets(folders, "validation", is_optional=True)
     with pytest.raises(ShardError, match="has no split 'validation', it has: train"):
         open_datasets(folders[:1], "validation", is_optional=True)
+
+
+def test_no_two_samples_of_several_datasets_are_called_the_same(folders: list[Path]) -> None:
+    data = mixture(folders)
+    found = [qualified_id(data, index) for index in range(len(data))]
+    assert found == ["0:s0", "0:s1", "0:s2", "1:s0", "2:s0", "2:s1", "2:s2", "2:s3"]
+    alone = open_datasets(folders[:1], "train")
+    assert [qualified_id(alone, index) for index in range(3)] == ["s0", "s1", "s2"]
+    assert qualified_id(mixture(folders[:1], [0.5]), 2) == "s2"
+    with pytest.raises(IndexError, match="sample 8 of 8"):
+        qualified_id(data, 8)
+
+
+def test_datasets_are_told_apart_by_as_little_of_their_paths_as_that_takes(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    for place in ("a/x/train", "b/x/train", "c/test"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).symlink_to(folders[0])
+    one, two, three = (Dataset(tmp_path / p, "train") for p in ("a/x/train", "b/x/train", "c/test"))
+    assert names([one]) == [""]
+    assert names([one, three]) == ["train", "test"]
+    assert names([one, two, three]) == ["a/x/train", "b/x/train", f"{tmp_path.name}/c/test"]
+    assert names([one, one]) == ["train", "train"], "the same samples are called the same"
+
+
+def test_an_id_is_read_without_its_canvases(folders: list[Path]) -> None:
+    data = mixture(folders)
+    assert [data.read_id(index) for index in range(len(data))] == [sample.id for sample in data]

@@ -1,5 +1,6 @@
 """What a recipe can ask for: several sources, weights, caps, strata, crops, codecs, likeness."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,49 @@ def test_one_changed_source_of_several_is_another_recipe(tmp_path: Path, tiny_mo
     write_jsonl(tmp_path / "1.jsonl", ROWS)
     with pytest.raises(Exception, match="made by another recipe: inputs.source differ"):
         prepare(cfg)
+
+
+# Ids
+
+
+def test_no_two_samples_of_a_dataset_are_called_the_same(tmp_path: Path, tiny_model: Path) -> None:
+    """An id that several rows have, rows without one, and an id that looks like a way out."""
+    own = [turn("Q", "A", id=name) for name in ("a", "b", "a", "a#2", "0", "a#b")]
+    none = [turn("Q", "A"), turn("Q", "A"), turn("Q", "")]
+    files = {"own.jsonl": own, "none.jsonl": none}
+    sources = [{"path": str(write_jsonl(tmp_path / name, rows))} for name, rows in files.items()]
+    split = {"validation": 0.5, "seed": 1}
+    values = {"split": split, "max_rejected": 0.5, "shard_bytes": 2000}
+    manifest = prepare(several(tiny_model, tmp_path / "out", *sources, **values))
+    found = [name for split in manifest["splits"] for name in names(tmp_path / "out", split)]
+    assert set(found) == {"a#0", "b", "a#2", "a#2#3", "0#4", "a#b", "0#6", "1"}
+    assert len(found) == 8 and min(e["samples"] for e in manifest["splits"].values()) > 0
+    assert manifest["shared_ids"] == 5
+    assert any(
+        line.startswith("5 rows have an id that another row has, too: their samples are called ")
+        for line in summary(tmp_path / "out", manifest)
+    )
+    (line,) = map(json.loads, (tmp_path / "out/rejected.jsonl").read_text().splitlines())
+    assert (line["id"], line["row"]) == (None, 2)
+
+
+def test_a_row_that_is_listed_twice_keeps_its_id(tmp_path: Path, tiny_model: Path) -> None:
+    path = str(write_jsonl(tmp_path / "rows.jsonl", ROWS[:3]))
+    manifest = prepare(recipe(tiny_model, tmp_path / "out", {"path": path, "weight": 2}))
+    assert names(tmp_path / "out") == ["r0", "r0", "r1", "r1", "r2", "r2"]
+    assert manifest["shared_ids"] == 0
+
+
+def test_unfinished_work_of_a_version_without_unique_ids_is_joined_again(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    path = str(write_jsonl(tmp_path / "rows.jsonl", [turn("Q", "A", id="a")] * 2))
+    cfg = recipe(tiny_model, tmp_path / "out", {"path": path})
+    prepare_part(cfg, Part())
+    merge(cfg)
+    (tmp_path / ".out.partial/shared.npy").unlink()
+    prepare(cfg)
+    assert names(tmp_path / "out") == ["a#0", "a#1"]
 
 
 # Weights and caps

@@ -155,7 +155,7 @@ def test_every_bad_row_of_messages_is_listed_with_its_reason(
     places = [line["row"] for line in lines]
     assert places == [*range(1, len(BAD_ROWS) + 1), len(BAD_ROWS) + 2]
     samples = list(Dataset(folder / "out", "train"))
-    assert [sample.id for sample in samples] == ["good", "good"]
+    assert [sample.id for sample in samples] == ["good#0", f"good#{len(BAD_ROWS) + 1}"]
     assert [sample.meta["row"] for sample in samples] == [0, len(BAD_ROWS) + 1]
     assert manifest["rows"] == len(samples) + len(lines) == len(BAD_ROWS) + 3
 

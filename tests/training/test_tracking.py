@@ -283,6 +283,15 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_training_goes_on(
     assert [str(tmp_path / "wandb") in lines[0], "events.jsonl" in lines[2]] == [True, True]
 
 
+def test_where_a_step_was_is_no_number_of_its_curves(tmp_path: Path) -> None:
+    tracker = open_tracker(recipe("wandb.mode=disabled", "tracking.sinks=[json]"), tmp_path)
+    at = {"epoch": 1, "window": 2, "step": 3}
+    tracker.log_step({"step": 1, "epoch": 1, "at": at, "ranks": 8, "loss": 1.0})
+    tracker.finish()
+    (line,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert line["values"] == {"epoch": 1, "loss": 1.0}
+
+
 class Stuck(JsonSink):
     """A sink that answers no more from some step on."""
 

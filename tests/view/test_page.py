@@ -13,8 +13,9 @@ from phi3v.errors import ConfigError, ShardError
 from phi3v.prepare import prepare
 from phi3v.view import Wishes, write_view
 from phi3v.view.findings import audit_section
+from phi3v.view.samples import find
 from tests.page import Page
-from tests.tiny import make_model, recipe, turn, write_jsonl
+from tests.tiny import make_model, make_sample, recipe, turn, write_jsonl, write_samples
 from tests.view.conftest import HOSTILE, View
 
 
@@ -85,6 +86,14 @@ def test_shown_samples_are_those_that_were_asked_for_in_that_order(view: View) -
     page = view(ids=("tall-3", "<i>2</i>"))
     headings = page.source.split("<h3>")[1:3]
     assert [h.partition("<")[0] for h in headings] == ["tall-3", "&lt;i&gt;2&lt;/i&gt;"]
+
+
+def test_of_an_id_that_samples_of_a_dataset_of_before_share_all_are_shown(tmp_path: Path) -> None:
+    """Each once, though a weight lists it twice."""
+    one, other = make_sample("a", seed=0), make_sample("a", seed=1)
+    shards = write_samples(tmp_path / "shards", [one, make_sample("b"), other, other])
+    found = find({"train": Dataset(shards, "train")}, ["b", "a"])
+    assert [place.index for place in found] == [1, 0, 2]
 
 
 def test_rejected_rows_stand_by_reason_the_most_frequent_first(view: View) -> None:

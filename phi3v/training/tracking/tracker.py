@@ -22,6 +22,7 @@ from phi3v.training.tracking.sinks import (
 
 PATIENCE_SECONDS, SLOW = 60.0, 5
 Lines = Callable[[], Sequence[Mapping[str, Any]]]
+PLACE = ("step", "at", "ranks")  # of a line of metrics.jsonl: which step it is, no measurement
 COLUMNS = ("prompt", "reference", "prediction", "blind", "right")
 
 
@@ -71,7 +72,7 @@ class Tracker:
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
         """The numbers of a step, by its line of metrics.jsonl."""
-        values = flatten({k: v for k, v in metrics.items() if k != "step"})
+        values = flatten({k: v for k, v in metrics.items() if k not in PLACE})
         if "skipped" in metrics:
             values["skipped"] = float(metrics["skipped"] is not None)
         self._scalars(metrics["step"], TRAIN, values)
