@@ -67,7 +67,8 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     folder.check_recipe(cfg, ds)
     load_extensions(ds)
     check_sinks(cfg)
-    dataset = open_datasets(cfg.data.folders, "train", [part.weight for part in cfg.data.parts])
+    weights = [part.weight for part in cfg.data.parts]
+    dataset = open_datasets(cfg.data.folders, "train", weights, verify=cfg.data.verify)
     if not len(dataset):
         raise ConfigError(
             f"{', '.join(cfg.data.folders)} has no rows in split 'train', so there is nothing to "
