@@ -3,15 +3,18 @@
     python benchmarks/loader.py
     python benchmarks/loader.py --samples 16 --repeats 3
 
-loader   ours, which reads ahead in threads
+loader   ours, which reads ahead in threads, of the files by data.verify=size
+sampled  the same with data.verify=sampled, every record new to it: a digest of each is computed
+digest   data.verify=digest: what a pass over the files of one epoch takes, before the first step
 in turn  the same packs collated through the memory map, in the consumer's thread
 
 wait     share of a step for which the consumer waits, at the demo's scale: samples of 5 views of 56
          pixels, packs of 264 tokens, 8 packs a step on 2 ranks. The consumer multiplies matrices on
          one thread for as long as a step of the demo takes on 2 cores. Nothing can be read before
          the first step, which is not counted.
-rate     to a consumer that does nothing else: samples of 1344 x 1008 pixels, raw and zstd, in packs
-         of 8,192 tokens; the page cache is warm and the loader has been running
+rate     to a consumer that does nothing else, so that no step hides anything: samples of 1344 x
+         1008 pixels, raw and zstd, in packs of 8,192 tokens; the page cache is warm and the loader
+         has been running
 """
 
 import argparse
@@ -87,22 +90,38 @@ def report_wait(side: str, source: Iterator[object], steps: int, seconds: float)
 
 def compare_rates(folder: Path, name: CodecName, samples: int, repeats: int) -> None:
     """Print what both sides take for an epoch, and their ratio."""
-    dataset = write_dataset(folder, samples, side=336, grid=(4, 3), tokens=2000, codec=Codec(name))
+    checked = write_dataset(folder, samples, side=336, grid=(4, 3), tokens=2000, codec=Codec(name))
+    dataset = Dataset(folder, "train", verify="size")
     plan = make_plan(dataset, Budget(8192, 64, samples), packs=1)
     packs = [pack for step in plan.steps(Position(), epochs=1) for pack in step.packs]
     pixels = sum(image.pixels.nbytes for sample in dataset for image in sample.images)
-    with closing(Loader(dataset, plan, rank=0, world_size=1).steps(Position())) as steps:
-        take = partial(take_all, steps, len(packs))
-        assert take() == collate_all(dataset, packs) == pixels
+    with (
+        closing(Loader(dataset, plan, rank=0, world_size=1).steps(Position())) as steps,
+        closing(Loader(checked, plan, rank=0, world_size=1).steps(Position())) as checking,
+    ):
+        take, take_checked = (partial(take_all, side, len(packs)) for side in (steps, checking))
+        assert take() == take_checked() == collate_all(dataset, packs) == pixels
+        # By themselves: what a loader reads ahead is done while the next side is timed.
+        sampled = lambda: forget(checked) or take_checked()  # noqa: E731
+        costs = measure({"loader": take, "sampled": sampled}, 3 * repeats)
         sides = {"loader": take, "in turn": partial(collate_all, dataset, packs)}
         times = measure(sides, repeats)
+    times |= {"sampled": costs["sampled"]} | measure({"digest": dataset.verify}, repeats)
     for side, taken in times.items():
         seconds = float(np.median(taken.wall))
         print(
             f"{name:4} {side:7} {taken}; {samples / seconds:,.0f} samples/s, "
             f"{pixels / seconds / 1e6:,.0f} MB/s"
         )
-    print(f"{name:4} ratio   {ratios(times['in turn'], times['loader'])}")
+    print(f"{name:4} ratio   of in turn  {ratios(times['in turn'], times['loader'])}")
+    print(f"{name:4} ratio   of sampled  {ratios(costs['sampled'], costs['loader'])}")
+
+
+def forget(dataset: Dataset) -> None:
+    """Have every record be new to a dataset, as the first epoch finds them."""
+    assert dataset._is_right
+    for is_right in dataset._is_right.values():
+        is_right[:] = False
 
 
 def take_all(steps: Iterator[Step], count: int) -> int:

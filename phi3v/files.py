@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,13 @@ def publish(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+def sha256(path: Path, told: Callable[[int], object] = lambda size: None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; `told` hears of the bytes of each block."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            told(len(block))
     return digest.hexdigest()
 
 

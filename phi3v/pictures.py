@@ -3,6 +3,9 @@
     dataset's recipe  ->  manifest.json  ->  run's data.json  ->  generate, evaluate, the export's
                                                                   preprocessor_config.json
 
+A base's preprocessor_config.json is read when a dataset is prepared; whoever comes later finds what
+it said in the manifest and in data.json, so that the base may lack it.
+
 A model folder that says nothing of `images` is the published one, and so is a dataset folder that
 was made before there was a choice.
 """
@@ -17,6 +20,10 @@ from phi3v.errors import ConfigError
 PUBLISHED = ImagesSection(alpha="published", exif="published")
 OWN_KEY = "phi3v"
 """Of preprocessor_config.json: what the published processor has no key for, and passes over."""
+
+PREPROCESSOR = "preprocessor_config.json"
+VIEWS = ("crop_size", "image_side", "image_mean", "image_std")
+"""Of a dataset's manifest: how its canvases become views."""
 
 CHOICES = {"never_upscale": (False, True), "alpha": get_args(Alpha), "exif": get_args(Exif)}
 """What each may be; the published way is what is meant where nothing is said."""
@@ -64,6 +71,20 @@ class PictureSettings:
         own = {name: value for name, value in self.to_dict().items() if name != "num_crops"}
         is_published = (self.never_upscale, self.images) == (False, PUBLISHED)
         return {"num_crops": self.num_crops} | ({} if is_published else {OWN_KEY: own})
+
+    def whole_preprocessor(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """A preprocessor_config.json with the published keys, where there is none to change.
+
+        manifest  a dataset's, or what a run's data.json keeps of it (VIEWS)
+        """
+        return {
+            **self.to_preprocessor(),
+            "image_mean": list(manifest["image_mean"]),
+            "image_std": list(manifest["image_std"]),
+            "image_processor_type": "Phi3VImageProcessor",
+            "processor_class": "Phi3VProcessor",
+            "num_img_tokens": manifest["image_side"] ** 2,
+        }
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.to_dict().items())

@@ -98,6 +98,10 @@ class ModelSection:
         return self.vision_checkpointing or self.checkpointing
 
 
+Verify = Literal["size", "digest", "sampled"]
+"""How datasets are compared with what was written of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardsSection:
     path: str
@@ -157,6 +161,12 @@ class DataSection:
 
     window_steps: int = 16
     """Steps whose packs are dealt together, at least: packs of like cost share a step."""
+
+    verify: Verify | None = None
+    """How the shards are compared with what was written. size: the size of every file; digest:
+    every byte of every file, before the first step; sampled: each record by a digest of its own,
+    when it is first read. Default: sampled where the datasets hold such digests, else size (those
+    that were made before there were any)."""
 
     cost: CostSection = CostSection()
     """What a pack is expected to take, as `benchmarks/cost.py` measures it; default: its FLOPs."""

@@ -8,8 +8,14 @@ opens the file. A folder without a complete manifest is not a dataset.
 
 The index lists every sample with the place of its message, so that one read fetches it. A sample
 that is trained on several times is stored once and listed as often, in consecutive rows.
+
+What a flipped bit changes is found by whoever asks: the manifest holds the SHA-256 of every file
+and of itself, the index a digest of every message and of the meta within it, which may be read
+alone. Folders that were made before there were the index's digests and the manifest's own lack
+them.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -49,8 +55,15 @@ INDEX_SCHEMA = pa.schema(
         ("image_tokens", pa.int32()),
         ("views", pa.int32()),
         ("image_sizes", pa.list_(pa.int32())),  # height, width, height, width, ... in pixels
+        ("digest", pa.uint64()),  # XXH3 of the message, 64 bits
+        ("meta_digest", pa.uint64()),  # the same of the bytes of its meta's text
     ]
 )
+DIGESTS = ("digest", "meta_digest")
+INDEX_SCHEMA_OF_BEFORE = pa.schema(
+    [column for column in INDEX_SCHEMA if column.name not in DIGESTS]
+)
+SEAL = "manifest_sha256"  # key of the manifest's digest over all its other keys
 END_BYTES = 8  # of the mark at the end of a stream
 
 
@@ -75,3 +88,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{PREPARE_AGAIN}"
         )
     return manifest
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a digest of its own."""
+    return manifest | {SEAL: _digest(manifest)}
+
+
+def check_seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare a manifest with its own digest; one that was made before it had one passes.
+
+    Raises: ShardError if it is not what was written.
+    """
+    if SEAL in manifest and manifest[SEAL] != (found := _digest(manifest)):
+        raise ShardError(
+            f"{folder / MANIFEST} has SHA-256 {found[:12]}... over its keys, it says "
+            f"{str(manifest[SEAL])[:12]}..., so it is not what was written; bring it back from a "
+            f"copy, or {PREPARE_AGAIN}"
+        )
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

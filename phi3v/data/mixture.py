@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from phi3v.config.schema import Verify
 from phi3v.data.format import read_manifest
 from phi3v.data.reader import Dataset, advice_for
 from phi3v.errors import ConfigError, ShardError
@@ -129,10 +130,12 @@ def open_datasets(
     split: str,
     weights: Sequence[float] | None = None,
     is_optional: bool = False,
+    verify: Verify | None = None,
 ) -> Dataset | Mixture:
     """Open a split of each folder; a single one of weight 1 is a plain `Dataset`.
 
     weights      of the folders; default: 1 each
+    verify       as of a `Dataset`
     is_optional  leaves out the folders without the split, as held-out rows need not be everywhere
     Raises: ShardError if a folder is no dataset or lacks the split (is_optional: if all lack it);
     ConfigError if two were prepared for different models.
@@ -144,7 +147,7 @@ def open_datasets(
             raise ShardError(
                 f"none of {', '.join(map(str, folders))} has a split '{split}'; {advice_for(split)}"
             )
-    datasets = [Dataset(folder, split) for folder, _ in pairs]
+    datasets = [Dataset(folder, split, verify) for folder, _ in pairs]
     if len(pairs) == 1 and pairs[0][1] == 1:
         return datasets[0]
     return Mixture(datasets, [weight for _, weight in pairs])

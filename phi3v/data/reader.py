@@ -11,11 +11,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from xxhash import xxh3_64_intdigest
 
+from phi3v.config.schema import Verify
 from phi3v.data.codecs import Codec
-from phi3v.data.format import END_BYTES, INDEX_SCHEMA, PREPARE_AGAIN, SCHEMA, read_manifest
+from phi3v.data.format import (
+    DIGESTS,
+    END_BYTES,
+    INDEX_SCHEMA,
+    INDEX_SCHEMA_OF_BEFORE,
+    PREPARE_AGAIN,
+    SCHEMA,
+    check_seal,
+    read_manifest,
+)
+from phi3v.data.verification import ListedFile, check_files
 from phi3v.errors import ShardError
-from phi3v.files import sha256
 from phi3v.sample import Canvas, Sample
 from phi3v.views import ViewSettings
 
@@ -45,12 +56,16 @@ class Dataset:
     used again and again (pinned memory, say), and may be called from several threads with a buffer
     each. Canvases of a codec other than raw are decoded by both, to memory of their own.
 
-    Opening checks the size of every file; `verify()`, or opening with verify=True, every digest.
+    verify   size     opening checks the size of every file
+             digest   and the digests of manifest and index; those of the shards are compared by
+                      `verify()`, or by `verification.check_files` where ranks share it
+             sampled  as digest, and each record is compared with its own when it is first read
+             None     sampled where the index holds the records' digests, else size
     Raises: ShardError if the folder is no dataset, or a file is missing, has another size or, once
-    it is needed, cannot be read.
+    it is needed, cannot be read or is not what was written.
     """
 
-    def __init__(self, folder: str | Path, split: str, verify: bool = False) -> None:
+    def __init__(self, folder: str | Path, split: str, verify: Verify | None = None) -> None:
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder)
         self.codec = Codec.from_manifest(self.manifest)
@@ -60,24 +75,39 @@ class Dataset:
                 f"{folder} has no split '{split}', it has: {known}; {advice_for(split)}"
             )
         self.entry: dict[str, Any] = self.manifest["splits"][split]
-        for file in (*self.entry["shards"], self.entry["index"]):
-            self._check_size(file)
-        if verify:
-            self.verify()
-        path = self.folder / self.entry["index"]["file"]
+        for file in self.files:
+            file.check_size()
+        if verify in ("digest", "sampled"):
+            check_seal(self.folder, self.manifest)
+        self._digests: dict[str, np.ndarray] = {}
+        self._is_right: dict[str, np.ndarray] = {}
+        path = self.files[-1].path
         try:
-            self._read_index(path)
+            self._read_index(path, verify)
         except UNREADABLE as error:
             raise ShardError(f"{path} cannot be read ({error}); {PREPARE_AGAIN}") from error
         self._map = lru_cache(maxsize=None)(_map)
         self._open = lru_cache(maxsize=OPEN_SHARDS)(_File)
 
-    def _read_index(self, path: Path) -> None:
+    @property
+    def files(self) -> tuple[ListedFile, ...]:
+        """The split's shards and, last, its index."""
+        entries = (*self.entry["shards"], self.entry["index"])
+        return tuple(ListedFile.of(self.folder, entry) for entry in entries)
+
+    def _read_index(self, path: Path, verify: Verify | None) -> None:
         with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            has_digests = stream.schema.equals(INDEX_SCHEMA)
+            if not has_digests and not stream.schema.equals(INDEX_SCHEMA_OF_BEFORE):
+                raise ValueError(f"its columns are {stream.schema.names}")
+            if verify is None:
+                verify = "sampled" if has_digests else "size"
+            if verify != "size":
+                self.files[-1].check_digest()
             index = stream.read_all()
-        if not index.schema.equals(INDEX_SCHEMA):
-            raise ValueError(f"its columns are {index.schema.names}")
         index.validate(full=True)
+        if verify == "sampled":
+            self._take_digests(path, index)
         self._shard, self._offset, self.message_bytes = (
             _column(index, name) for name in ("shard", "offset", "bytes")
         )
@@ -86,6 +116,16 @@ class Dataset:
         )
         if not self._fits():
             raise ValueError("it does not list the samples of the manifest's shards")
+
+    def _take_digests(self, path: Path, index: pa.Table) -> None:
+        if not index.schema.equals(INDEX_SCHEMA):
+            raise ShardError(
+                f"{path} holds no digests of the records, for its dataset was made before there "
+                "were any, so data.verify=sampled cannot be done; take data.verify=digest, or "
+                f"{PREPARE_AGAIN}"
+            )
+        self._digests = {name: _column(index, name) for name in DIGESTS}
+        self._is_right = {name: np.zeros(index.num_rows, dtype=bool) for name in DIGESTS}
 
     def _fits(self) -> bool:
         """Whether the messages, each counted once, fill the shards of the manifest end to end."""
@@ -118,7 +158,9 @@ class Dataset:
         """Read a sample's meta alone: no canvas is read from the disk or decoded."""
         self._check_index(index)
         with self._named(index):
-            return _meta(_batch(self._mapped(index)))
+            batch = _batch(self._mapped(index))
+            self._check_record("meta_digest", index, batch["meta"][0].as_buffer())
+            return _meta(batch)
 
     def read_id(self, index: int) -> str:
         """Read a sample's id alone, as `read_meta`."""
@@ -181,15 +223,7 @@ class Dataset:
 
         Raises: ShardError naming the first file that is not what the manifest says.
         """
-        for file in (*self.entry["shards"], self.entry["index"]):
-            self._check_size(file)
-            found = sha256(self.folder / file["file"])
-            if found != file["sha256"]:
-                raise ShardError(
-                    f"{self.folder / file['file']} has SHA-256 {found[:12]}..., the manifest says "
-                    f"{file['sha256'][:12]}..., so the file is damaged or "
-                    f"another dataset's; {PREPARE_AGAIN}"
-                )
+        check_files(self.files)
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
@@ -201,7 +235,22 @@ class Dataset:
     def _read(self, index: int, memory: memoryview | None) -> Sample:
         with self._named(index):
             message = self._mapped(index) if memory is None else self._fetched(index, memory)
+            self._check_record("digest", index, message)
             return _sample(message, self.codec)
+
+    def _check_record(self, name: str, index: int, data: pa.Buffer) -> None:
+        """Compare what was read with its digest in the index, once for each record."""
+        if not self._digests or self._is_right[name][index]:
+            return
+        found, known = xxh3_64_intdigest(data), int(self._digests[name][index])
+        if found != known:
+            what = "its record" if name == "digest" else "the meta of its record"
+            raise ShardError(
+                f"{self._shard_path(index)} is damaged at sample {index} of split '{self.split}': "
+                f"{what} has digest {found:016x}, the index says {known:016x}; bring the file back "
+                f"from a copy, or {PREPARE_AGAIN}"
+            )
+        self._is_right[name][index] = True
 
     @contextmanager
     def _named(self, index: int) -> Iterator[None]:
@@ -228,19 +277,6 @@ class Dataset:
                 raise EOFError(f"it ends {len(memory) - done:,} bytes before the sample does")
             done += count
         return pa.py_buffer(memory)
-
-    def _check_size(self, file: dict[str, Any]) -> None:
-        path = self.folder / file["file"]
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError as error:
-            raise ShardError(
-                f"{path} is missing though the manifest lists it; {PREPARE_AGAIN}"
-            ) from error
-        if size != file["bytes"]:
-            raise ShardError(
-                f"{path} has {size:,} bytes, the manifest says {file['bytes']:,}; {PREPARE_AGAIN}"
-            )
 
 
 class _File:

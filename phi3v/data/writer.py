@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from phi3v.data.codecs import Codec
 from phi3v.data.format import INDEX_SCHEMA, SCHEMA
+from phi3v.errors import ShardError
 from phi3v.files import replacing, sha256
 from phi3v.geometry import grid_of, image_tokens
 from phi3v.sample import IGNORED, Canvas, Sample, count_views
@@ -54,7 +56,9 @@ class ShardWriter:
         assert times >= 1, times
         # The stream writes its schema with its first batch, not when it is opened.
         offset = self._file.size or SCHEMA.serialize().size
-        self._stream.write_batch(_batch(sample, self.codec))
+        meta = json.dumps(sample.meta, ensure_ascii=False)
+        self._file.begin(offset)
+        self._stream.write_batch(_batch(sample, meta, self.codec))
         counts = [image_tokens(grid_of(*c.size, self.crop_size), self.side) for c in sample.images]
         row = {
             "shard": 0,
@@ -65,6 +69,8 @@ class ShardWriter:
             "image_tokens": sum(counts),
             "views": count_views(sample.images, self.crop_size),
             "image_sizes": [side for canvas in sample.images for side in canvas.size],
+            "digest": self._file.message.intdigest(),
+            "meta_digest": xxh3_64_intdigest(meta.encode()),
         }
         self._samples += 1
         self._rows += [row] * times
@@ -98,12 +104,19 @@ def finish_split(
     """Write a split's index, one shard's table after the other; return its manifest entry.
 
     entries, tables  of each shard, as `finish` and `index` gave them
+    Raises: ShardError if a table was written by another version of this program.
     """
     path = folder / f"{split}.index.arrow"
     totals = dict.fromkeys(("samples", *TOTALS), 0)
     with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
         with pa.ipc.new_stream(file, INDEX_SCHEMA) as stream:
             for number, (_, table) in enumerate(zip(entries, tables, strict=True)):
+                if not table.schema.equals(INDEX_SCHEMA):
+                    raise ShardError(
+                        f"{folder} holds a part of the index of split '{split}' with the columns "
+                        f"{', '.join(table.schema.names)}, as another version of this program "
+                        "writes it; remove that folder and run launch/prepare.py again"
+                    )
                 stream.write_table(_numbered(table, number))
                 totals["samples"] += table.num_rows
                 for name in TOTALS:
@@ -118,7 +131,7 @@ def _numbered(table: pa.Table, shard: int) -> pa.Table:
 
 
 class _HashedFile(io.RawIOBase):
-    """A file whose size and SHA-256 are known when it is written.
+    """A file whose size and SHA-256 are known when it is written, and its last message's digest.
 
     Its pages go to the disk as they come and are forgotten: terabytes that are written once shall
     not fill the memory of the machine, nor a job's share of it; and 4 MB take 1 ms in pages that
@@ -127,15 +140,21 @@ class _HashedFile(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self.size, self.digest = 0, hashlib.sha256()
+        self.message, self._begins = xxh3_64(), 0
         self._file = path.open("wb")
         self._forgotten = 0
 
     def writable(self) -> bool:
         return True
 
+    def begin(self, offset: int) -> None:
+        """Say where the next message begins: before it the first write may bring a schema."""
+        self.message, self._begins = xxh3_64(), offset
+
     def write(self, data: Any) -> int:
         self._file.write(data)
         self.digest.update(data)
+        self.message.update(memoryview(data)[max(0, self._begins - self.size) :])
         self.size += len(data)
         if self.size > self._forgotten + FORGET_BYTES:
             self._forget()
@@ -152,14 +171,14 @@ class _HashedFile(io.RawIOBase):
         super().close()
 
 
-def _batch(sample: Sample, codec: Codec) -> pa.RecordBatch:
+def _batch(sample: Sample, meta: str, codec: Codec) -> pa.RecordBatch:
     """A record batch over the sample's own memory; only several images are copied together."""
     columns = [
         pa.array([sample.id], pa.string()),
         _list(pa.array(sample.input_ids, pa.int32())),
         _list(pa.array(sample.labels, pa.int32())),
         _list(_images(sample.images, codec)),
-        pa.array([json.dumps(sample.meta, ensure_ascii=False)], pa.string()),
+        pa.array([meta], pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 

@@ -49,10 +49,10 @@ def _check_references(dataset: HeldOut, settings: EvalSection) -> None:
     if pattern is None:
         return
     for row in spread(len(dataset), settings.rows):
-        sample = dataset[row]
-        if pattern.parse(sample.meta["reference"]) is None:
-            place = f"{_folder_of(dataset, row)}, split '{settings.split}', row '{sample.id}'"
-            raise misfit(place, sample.meta["reference"], pattern)
+        reference = dataset.read_meta(row)["reference"]
+        if pattern.parse(reference) is None:
+            place = f"{_folder_of(dataset, row)}, split '{settings.split}', row '{dataset[row].id}'"
+            raise misfit(place, reference, pattern)
 
 
 def _folder_of(dataset: HeldOut, row: int) -> Path:

@@ -1,13 +1,16 @@
 """Opening a Hugging Face folder, and whether a dataset was prepared for it."""
 
 from pathlib import Path
+from typing import Any
 
 from phi3v.data import Dataset
+from phi3v.data.format import MANIFEST, PREPARE_AGAIN
 from phi3v.devices import take_device
-from phi3v.errors import ConfigError
+from phi3v.errors import ConfigError, ShardError
 from phi3v.evaluation.generation import Generator
 from phi3v.model import Phi3VForCausalLM
 from phi3v.processing import Phi3VProcessor
+from phi3v.processing.processor import own_settings
 
 
 def open_model(path: str | Path, max_new_tokens: int, batch_rows: int = 1) -> Generator:
@@ -34,15 +37,23 @@ def as_generator(
 def check_model(dataset: Dataset, path: str) -> None:
     """Refuse shards that were prepared for another tokenizer, crop size or normalisation.
 
-    Raises: ConfigError naming what differs.
+    The manifest says how canvases become views; a preprocessor_config.json of the model, if it has
+    one, must say the same.
+    Raises: ConfigError naming what differs; ShardError if the manifest does not say it.
     """
-    processor = Phi3VProcessor.from_pretrained(path)
-    made_for = dataset.view_settings, dataset.manifest["image_side"]
-    found = processor.views, processor.side
-    tokenizer = dataset.manifest["tokenizer"]
-    if made_for != found or tokenizer != processor.tokenizer_digest:
-        what = "image settings" if made_for != found else "tokenizer"
-        raise ConfigError(
-            f"shards {dataset.folder} were prepared for a model with another {what} than {path}; "
-            "prepare them again with this model"
-        )
+    for name, own in own_settings(path).items():
+        if name not in dataset.manifest:
+            raise ShardError(
+                f"{dataset.folder / MANIFEST} does not say {name}, so nobody knows how its "
+                f"canvases become views; {PREPARE_AGAIN}"
+            )
+        if dataset.manifest[name] != own:
+            raise ConfigError(
+                f"shards {dataset.folder} were prepared with {name} "
+                f"{_short(dataset.manifest[name])}, {path} has {_short(own)}; prepare them again "
+                "with this model"
+            )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) else str(value)

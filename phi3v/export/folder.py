@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from phi3v.export.card import write_card, write_text_card
-from phi3v.export.opening import picture_settings, read_run
+from phi3v.export.opening import made_preprocessor, picture_settings, read_run
 from phi3v.export.originals import write_originals, write_text_originals
 from phi3v.export.target import ORIGIN, begin, check_target, finish, origin_of
 from phi3v.export.verification import compare_logits, compare_tensors
@@ -20,6 +20,7 @@ from phi3v.export.weights import SHARD_BYTES, write_weights
 from phi3v.files import write_json
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.weights import check_shapes
+from phi3v.processing.processor import has_preprocessor
 from phi3v.training.checkpoints.reading import CheckpointWeights, open_weights
 from phi3v.training.run_folder import RunFolder
 
@@ -59,7 +60,8 @@ def export(
         write_text_card(run, weights.manifest, partial)
     else:
         settings = picture_settings(run)
-        write_originals(base, partial, kind, settings)
+        made = None if has_preprocessor(base) else made_preprocessor(run, settings)
+        write_originals(base, partial, kind, settings, made)
         write_card(run, weights.manifest, partial)
     write_json(partial / ORIGIN, origin_of(run, weights.folder.name))
     compare_tensors(partial, weights, names, kind)

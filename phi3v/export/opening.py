@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -19,8 +20,9 @@ from phi3v.export.originals import is_text_half
 from phi3v.export.target import ORIGIN
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.weights import load_weights
-from phi3v.pictures import PictureSettings, Prepared, choose, prepared
+from phi3v.pictures import PREPROCESSOR, PictureSettings, Prepared, choose, prepared
 from phi3v.processing import Phi3VProcessor
+from phi3v.processing.processor import has_preprocessor
 from phi3v.training.checkpoints.reading import open_weights
 from phi3v.training.checkpoints.store import find_step, named_step
 from phi3v.training.run_folder import CONFIG, DATA, RunFolder
@@ -101,6 +103,26 @@ def _prepared(run: Path) -> list[Prepared]:
     ]
 
 
+def made_preprocessor(run: Path, pictures: PictureSettings | None) -> dict[str, Any]:
+    """What stands for the preprocessor_config.json of a base that has none: as the datasets say.
+
+    pictures  of `picture_settings`
+    Raises: ConfigError if nobody knows it any more.
+    """
+    path = run / DATA
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    views = data.get("view_settings")
+    if views is None:  # a run of before
+        folder = Path(read_run(run).data.folders[0])
+        views = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if views is None or pictures is None:
+        raise ConfigError(
+            f"model {read_run(run).model.path} has no {PREPROCESSOR}, {path} does not say what it "
+            "said, and the shards are gone; put the base's file back, or name where the shards are"
+        )
+    return pictures.whole_preprocessor(views)
+
+
 def open_processor(model: str) -> Phi3VProcessor:
     """The processor of a model; of a run it is the base's, with the settings of the run's datasets.
 
@@ -108,6 +130,9 @@ def open_processor(model: str) -> Phi3VProcessor:
     """
     base = base_of(model)
     settings = picture_settings(Path(model)) if _is_run(Path(model)) else None
+    if _is_run(Path(model)) and not has_preprocessor(base):
+        made = made_preprocessor(Path(model), settings)
+        return Phi3VProcessor.from_pretrained(base, settings=made)
     if settings is None:
         return Phi3VProcessor.from_pretrained(base)
     return Phi3VProcessor.from_pretrained(
@@ -172,7 +197,10 @@ def open_run(run: Path, max_new_tokens: int, batch_rows: int, step: int | None =
     damaged one.
     """
     cfg = read_run(run)
-    processor = Phi3VProcessor.from_pretrained(cfg.model.path)
+    is_whole = has_preprocessor(cfg.model.path)
+    processor = (
+        Phi3VProcessor.from_pretrained(cfg.model.path) if is_whole else open_processor(str(run))
+    )
     config = Phi3VConfig.from_pretrained(cfg.model.path)
     with torch.device("meta"):
         model = Phi3VForCausalLM(config)

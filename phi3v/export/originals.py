@@ -20,8 +20,8 @@ from phi3v.errors import ConfigError
 from phi3v.export.target import ORIGIN
 from phi3v.files import write_json
 from phi3v.model.weights import STOP_TOKENS
-from phi3v.pictures import OWN_KEY, PictureSettings
-from phi3v.processing import Phi3VProcessor
+from phi3v.pictures import OWN_KEY, PREPROCESSOR, PictureSettings
+from phi3v.processing.processor import open_tokenizer
 
 TOKENIZER = (
     "tokenizer.json",
@@ -31,7 +31,6 @@ TOKENIZER = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-PREPROCESSOR = "preprocessor_config.json"
 VERBATIM = (PREPROCESSOR, "processor_config.json", *TOKENIZER, "LICENSE")
 NAMING_CODE = (
     "config.json",
@@ -46,16 +45,23 @@ NOT_TEXT = ("auto_map", "img_processor", "embd_layer", "vision_config")
 
 
 def write_originals(
-    model: str, out: Path, dtype: torch.dtype, pictures: PictureSettings | None = None
+    model: str,
+    out: Path,
+    dtype: torch.dtype,
+    pictures: PictureSettings | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything but the weights and the card.
 
-    pictures  how the run showed them; None: as the base does
+    pictures      how the run showed them; None: as the base does
+    preprocessor  what is written where the base has no preprocessor_config.json
     Raises: ConfigError if the base has no config.json.
     """
     write_json(out / "config.json", _edited_config(model, dtype))
     _copy(model, VERBATIM, out)
-    if pictures is not None:
+    if preprocessor is not None and not (out / PREPROCESSOR).is_file():
+        write_json(out / PREPROCESSOR, preprocessor)
+    elif pictures is not None:
         _edit_preprocessor(out / PREPROCESSOR, pictures)
     _write_generation(model, out)
     missing = {name: _copy_code(model, out, name) for name in NAMING_CODE if (out / name).is_file()}
@@ -133,7 +139,7 @@ def _copy(model: str, names: tuple[str, ...], out: Path) -> None:
 
 def _write_generation(model: str, out: Path) -> None:
     """What ends an answer, and not </s>, which the published file names and nobody says."""
-    tokenizer = Phi3VProcessor.from_pretrained(model).tokenizer
+    tokenizer = open_tokenizer(model)
     end, text_end = (tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS)
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [end, text_end]}
     write_json(out / "generation_config.json", generation | {"pad_token_id": text_end})

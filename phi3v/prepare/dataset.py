@@ -21,6 +21,7 @@ import numpy as np
 from phi3v.config import DatasetConfig
 from phi3v.data import Dataset
 from phi3v.data.format import MANIFEST, read_manifest
+from phi3v.data.verification import check_files, listed_files
 from phi3v.errors import ConfigError
 from phi3v.files import publish
 from phi3v.prepare import rejections
@@ -34,6 +35,7 @@ from phi3v.prepare.scan import scan_chunk
 from phi3v.prepare.sources import check_source
 from phi3v.prepare.workers import Tally, work_off
 from phi3v.prepare.write import write_shard
+from phi3v.progress import progress
 
 Say = Callable[[str], None]
 
@@ -129,12 +131,16 @@ def merge(cfg: DatasetConfig, say: Say = print) -> dict[str, Any] | None:
 
 
 def verify(folder: Path) -> None:
-    """Check every digest of every split of a dataset folder.
+    """Compare every file of a dataset folder with its digest; a bar moves as they are read.
 
     Raises: ShardError naming the first damaged file.
     """
+    files = listed_files(folder)
+    total = sum(file.bytes for file in files)
+    with progress(None, f"check {folder}", "B", total, unit_scale=True, leave=False) as bar:
+        check_files(files, bar.update)
     for split in read_manifest(folder)["splits"]:
-        Dataset(folder, split).verify()
+        Dataset(folder, split)  # whether the index is that of the shards
 
 
 def _existing(cfg: DatasetConfig) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from phi3v.config import DatasetConfig
 from phi3v.data.audit import merge
 from phi3v.data.codecs import Codec
-from phi3v.data.format import FORMAT_VERSION, MANIFEST
+from phi3v.data.format import FORMAT_VERSION, MANIFEST, sealed
 from phi3v.data.writer import finish_split
 from phi3v.errors import ConfigError
 from phi3v.files import write_json
@@ -40,7 +40,7 @@ def write_manifest(
         {"source": section.paths[0], **open_processor(cfg, section).pictures.to_dict()}
         for section in cfg.sources
     ]
-    manifest = {
+    content = {
         "format_version": FORMAT_VERSION,
         "fingerprint": _fingerprint(plan.recipe, splits),
         "recipe": plan.recipe,
@@ -57,6 +57,7 @@ def write_manifest(
         **report,
         "rejected": {"count": len(found), "by_reason": rejections.by_reason(found)},
     }
+    manifest = sealed(json.loads(json.dumps(content)))  # as who reads it will
     write_json(work.path / MANIFEST, manifest)
     return manifest
 

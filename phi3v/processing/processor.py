@@ -6,7 +6,7 @@ own, and it is not saved, for an export copies the base's files.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from phi3v.config.dataset import ImagesSection
 from phi3v.errors import ConfigError
 from phi3v.files import disguise
 from phi3v.geometry import Layout, grid_of, hd_layout, image_tokens
-from phi3v.pictures import PUBLISHED, PictureSettings
+from phi3v.pictures import PREPROCESSOR, PUBLISHED, PictureSettings
 from phi3v.processing.images import hd_canvas, pixel_values
 from phi3v.processing.prompt import encode
 from phi3v.views import ViewSettings
@@ -77,9 +77,12 @@ class Phi3VProcessor(ProcessorMixin):
         num_crops: int | None = None,
         never_upscale: bool | None = None,
         rules: ImagesSection | None = None,
+        settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> "Phi3VProcessor":
         """Read a model folder or hub name; what is given here overrides the folder's.
+
+        settings  stand for the folder's preprocessor_config.json, which it may then lack
 
         `never_upscale` (`phi3v.geometry.hd_layout`) and `rules` (`phi3v.processing.pixels`) depart
         from the published transform, which a folder means that says nothing of them.
@@ -92,17 +95,15 @@ class Phi3VProcessor(ProcessorMixin):
         if Path(path).is_dir():  # what the libraries read besides
             for file in Path(path).glob("*.json"):
                 check_content(file)
-        settings = _read_json(path, "preprocessor_config.json")
-        place = f"{path}/preprocessor_config.json"
+        place = f"{path}/{PREPROCESSOR}" if settings is None else "what stands for it"
+        settings = _read_json(path, PREPROCESSOR) if settings is None else settings
         pictures = PictureSettings.from_preprocessor(settings, place)
-        vision = _read_json(path, "config.json").get("vision_config", {})
         return cls(
             open_tokenizer(path),
             num_crops or pictures.num_crops,
             settings["image_mean"],
             settings["image_std"],
-            vision.get("image_size", PUBLISHED_IMAGE_SIZE),
-            vision.get("patch_size", PUBLISHED_PATCH_SIZE),
+            *_tower_sizes(path),
             pictures.never_upscale if never_upscale is None else never_upscale,
             rules or pictures.images,
         )
@@ -163,8 +164,7 @@ class Phi3VProcessor(ProcessorMixin):
     @property
     def tokenizer_digest(self) -> str:
         """SHA-256 of the tokenizer's whole definition."""
-        definition = self.tokenizer.backend_tokenizer.to_str()
-        return hashlib.sha256(definition.encode()).hexdigest()
+        return tokenizer_digest(self.tokenizer)
 
     @property
     def views(self) -> ViewSettings:
@@ -236,6 +236,44 @@ def open_tokenizer(model: str | Path) -> PreTrainedTokenizerFast:
         raise ConfigError(
             f"{file} is no tokenizer that can be read ({error}); bring it again"
         ) from error
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of a tokenizer's whole definition."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def own_settings(model: str) -> dict[str, Any]:
+    """What a model's own files say of what a dataset's manifest says, too, under its keys.
+
+    The crop size, the tokenizer, and the normalisation where there is a preprocessor_config.json:
+    training, evaluation and the page of a dataset need none, the manifest has what it says.
+    Raises: ConfigError if config.json or the tokenizer is missing, or cannot be read.
+    """
+    image_size, patch_size = _tower_sizes(model)
+    settings: dict[str, Any] = {
+        "crop_size": image_size,
+        "image_side": image_size // (2 * patch_size),
+    }
+    if has_preprocessor(model):
+        content = _read_json(model, PREPROCESSOR)
+        settings |= {name: list(content[name]) for name in ("image_mean", "image_std")}
+    return settings | {"tokenizer": tokenizer_digest(open_tokenizer(model))}
+
+
+def has_preprocessor(model: str) -> bool:
+    """Whether a model folder or hub model has a preprocessor_config.json."""
+    model_file(model, "config.json")  # whether there is such a model
+    return bool(cached_file(model, PREPROCESSOR, _raise_exceptions_for_missing_entries=False))
+
+
+def _tower_sizes(model: str) -> tuple[int, int]:
+    """Pixels of a crop's and of a patch's side."""
+    vision = _read_json(model, "config.json").get("vision_config", {})
+    return (
+        vision.get("image_size", PUBLISHED_IMAGE_SIZE),
+        vision.get("patch_size", PUBLISHED_PATCH_SIZE),
+    )
 
 
 def model_file(model: str, name: str) -> Path:

@@ -28,6 +28,7 @@ from tokenizers.trainers import BpeTrainer
 from phi3v.errors import ConfigError
 from phi3v.files import publish, write_json
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v.pictures import PictureSettings
 
 SPACE = "\u2581"
 CHAT_TEMPLATE = (
@@ -196,14 +197,9 @@ def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def processor_settings(sizes: TinySizes) -> dict[str, Any]:
     """preprocessor_config.json with the published keys."""
-    return {
-        "num_crops": sizes.num_crops,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-        "image_processor_type": "Phi3VImageProcessor",
-        "processor_class": "Phi3VProcessor",
-        "num_img_tokens": (sizes.image_size // (2 * sizes.patch_size)) ** 2,
-    }
+    side = sizes.image_size // (2 * sizes.patch_size)
+    views = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_side": side}
+    return PictureSettings(sizes.num_crops).whole_preprocessor(views)
 
 
 def _write_model(folder: Path, sizes: TinySizes, tokenizer: Tokenizer, seed: int) -> None:

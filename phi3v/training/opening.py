@@ -22,7 +22,7 @@ from phi3v.evaluation.models import check_model
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.execution import Execution, choose_execution
 from phi3v.model.weights import WeightFiles, load_weights
-from phi3v.pictures import prepared
+from phi3v.pictures import VIEWS, prepared
 from phi3v.training import zero
 from phi3v.training.console import say
 from phi3v.training.extensions import load_extensions
@@ -67,7 +67,8 @@ def open_run(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks) -> Run:
     folder.check_recipe(cfg, ds)
     load_extensions(ds)
     check_sinks(cfg)
-    dataset = open_datasets(cfg.data.folders, "train", [part.weight for part in cfg.data.parts])
+    weights = [part.weight for part in cfg.data.parts]
+    dataset = open_datasets(cfg.data.folders, "train", weights, verify=cfg.data.verify)
     if not len(dataset):
         raise ConfigError(
             f"{', '.join(cfg.data.folders)} has no rows in split 'train', so there is nothing to "
@@ -168,12 +169,14 @@ def dtype_of(ds: DeepSpeedConfig) -> torch.dtype:
 def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
     """What the run is trained on: folders, fingerprint, sizes (weights are in the recipe).
 
-    `pictures` is how they became canvases, for all that ask the model later (`phi3v.pictures`).
+    `pictures` is how they became canvases, `view_settings` how these become views, for all that
+    ask the model later (`phi3v.pictures`).
     """
     return {
         "shards": ", ".join(str(part.folder) for part in dataset.datasets),
         "fingerprint": dataset.fingerprint,
         **{name: dataset.entry[name] for name in SIZES},
+        "view_settings": {name: dataset.datasets[0].manifest[name] for name in VIEWS},
         "pictures": [
             entry.to_dict()
             for part in dataset.datasets

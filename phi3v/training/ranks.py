@@ -3,7 +3,8 @@
 `set_environment` is the one place that sets ranks, ports, threads and folders, whoever started the
 process: the deepspeed launcher, torchrun, plain srun, or plain python. Call it before deepspeed is
 imported, which reads DS_ACCELERATOR at import. `run_command` turns a user's mistake into one line
-and exit code 2, and a defect of one rank into the end of all.
+and exit code 2, and a defect of one rank into the end of all; once `share_mistakes` was called, a
+mistake that one rank alone meets is the end of all as well.
 
 Surprising: every child process inherits the variables set here and would take itself for the same
 rank; start one with RANK and its companions (`RANK_VARIABLES`) removed.
@@ -16,20 +17,24 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed
+from torch.distributed import Store
+from torch.distributed.distributed_c10d import _get_default_store
 from transformers.utils.logging import disable_progress_bar
 
 from phi3v.devices import check_visible, has_cuda
-from phi3v.errors import ConfigError, Phi3VError, Stopped
+from phi3v.errors import ConfigError, Diverged, Phi3VError, Stopped
 from phi3v.model.kernels import private_caches
 
 RANK_VARIABLES = (
@@ -39,7 +44,10 @@ RANK_VARIABLES = (
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of torch 2.11 on, and before
 GRACE_SECONDS = 10.0  # how long ranks other than 0 leave it to rank 0 to report an error
 STAGGER_SECONDS = 2.0  # per local rank on top: launchers take up to 1 s to end the other ranks
-LINGER_SECONDS = 3.0  # how long rank 0 of an srun step stays, for the others to fail as well
+LINGER_SECONDS = 3.0  # how long rank 0 stays, for the others to fail as well
+MISTAKE, HEARD = "phi3v/mistake", "phi3v/heard"  # keys of the store where the ranks have met
+LISTEN_SECONDS = 0.25  # between two looks at it, and a millisecond more for each rank
+_speaking = threading.Lock()  # held by the thread of rank 0 that prints the line
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 ECHOES = (  # what a collective says when the rank at the other end is gone
     *("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket closed"),
@@ -243,8 +251,8 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command's main and end the process as its user's mistakes ask for.
 
     Phi3VError: one line on stderr and its exit code. Every rank usually meets the same error, so
-    rank 0 reports at once, and another rank reports only if it is still there after a grace time:
-    then rank 0 knows of no error, and it is the launcher's part to end it. So does a disk that is
+    rank 0 reports at once. What another rank alone has met, rank 0 reports where `share_mistakes`
+    was called; else that rank does, after a grace time. So does a disk that is
     full or may not be written to, with exit code 2. Ctrl-C: exit code 130. Anything else is a
     defect and keeps its traceback.
     """
@@ -253,7 +261,8 @@ def run_command(main: Callable[[], None]) -> None:
     except Stopped as stopped:
         _leave_stopped(stopped)
     except Phi3VError as error:
-        _report(f"{type(error).__name__}: {' '.join(str(error).splitlines())}")
+        line = f"{type(error).__name__}: {' '.join(str(error).splitlines())}"
+        _report(line, is_of_all=isinstance(error, Diverged))  # when the others have left
         _exit(error.exit_code)
     except KeyboardInterrupt:
         _exit(130)
@@ -276,18 +285,72 @@ def _leave_stopped(stopped: Stopped) -> NoReturn:
     _exit(stopped.exit_code)
 
 
-def _report(line: str) -> None:
+def share_mistakes() -> None:
+    """From now on a user's mistake that one rank alone meets ends all of them with exit code 2.
+
+    Rank 0 prints its line. A shard that one rank reads, say: the others wait in a collective by
+    then, and would only see that a rank is gone. Call it once the process group is up.
+    """
+    if torch.distributed.get_world_size() > 1:
+        arguments = (_get_default_store(), torch.distributed.get_world_size())
+        threading.Thread(target=_listen, args=arguments, name="mistakes", daemon=True).start()
+
+
+def _listen(store: Store, world_size: int) -> None:
+    """Wait for a mistake of any rank, this one included, and end this process."""
+    with suppress(RuntimeError):  # of the store: its server has gone, which others notice
+        while not store.check([MISTAKE]):
+            time.sleep(LISTEN_SECONDS + world_size / 1000)
+        if _rank() != "0":
+            store.add(HEARD, 1)
+            os._exit(2)
+        if _speaking.acquire(blocking=False):  # else rank 0 has a line of its own
+            print(store.get(MISTAKE).decode(), file=sys.stderr, flush=True)
+            _wait_until_heard(store, world_size)
+            os._exit(2)
+
+
+def _tell_others(line: str) -> Store | None:
+    """Let the other ranks know why this one ends; returns where, if they listen."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    where = "" if _rank() == "0" else f" (rank {_rank()} on {socket.gethostname()})"
+    with suppress(RuntimeError):  # as in _listen
+        store = _get_default_store()
+        store.compare_set(MISTAKE, "", line + where)
+        return store
+    return None
+
+
+def _wait_until_heard(store: Store, world_size: int) -> None:
+    """Keep the store, which ends with rank 0, until all have looked; srun wants the same code."""
+    deadline = time.monotonic() + LINGER_SECONDS + 2 * world_size / 1000
+    with suppress(RuntimeError):
+        while store.add(HEARD, 0) < world_size - 1 and time.monotonic() < deadline:
+            time.sleep(LISTEN_SECONDS)
+
+
+def _report(line: str, is_of_all: bool = False) -> None:
     """Write an error's line, if this rank is the one to do so.
 
     srun exits with the largest code of its tasks, 143 for one ended by SIGTERM: so from here on
     SIGTERM means 2, and rank 0 of a step stays until the others have failed as well.
+
+    is_of_all  it needs no telling
     """
     _end_on_signal(2)
+    store = None if is_of_all else _tell_others(line)
     if _rank() != "0":
-        _leave_it_to_others()
+        _leave_it_to_others()  # where they listen, _listen ends this rank meanwhile
+    elif not _speaking.acquire(blocking=False):
+        time.sleep(2 * LINGER_SECONDS)  # _listen ends this rank meanwhile
     print(line, file=sys.stderr)
     sys.stderr.flush()
-    if _rank() == "0" and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+    if _rank() != "0":
+        return
+    if store is not None:
+        _wait_until_heard(store, torch.distributed.get_world_size())
+    elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         time.sleep(LINGER_SECONDS)
 
 

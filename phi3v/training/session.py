@@ -3,7 +3,10 @@
 import json
 import random
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from phi3v.config import RunConfig, to_dict
 from phi3v.data.mixture import open_datasets
+from phi3v.data.verification import check_files, listed_files
 from phi3v.errors import CheckpointError, ConfigError, Stopped
 from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate
 from phi3v.evaluation.generation import Generator
 from phi3v.model import Phi3VForCausalLM
+from phi3v.progress import progress
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress, Saver
@@ -30,6 +35,8 @@ from phi3v.training.stopping import StopRequests
 from phi3v.training.tracking import Tracker, open_tracker
 from phi3v.training.tracking.sinks import Histogram
 from phi3v.training.watchdog import Watchdog
+
+MOVE_SECONDS = 1.0  # between two signs of life to the ranks that are done with their share
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     """Build the engine, and load the newest whole checkpoint if there is one."""
     cfg, ranks, folder = run.cfg, run.ranks, run.folder
     seed(cfg)
+    check_shards(run, watchdog.beat)
     choice = choose(folder.checkpoints, ranks, watchdog.beat)
     check_length(run, choice.step if choice else 0)
     before = dict(choice.manifest) if choice else {}
@@ -103,6 +111,36 @@ def gathered(run: Run, engine: Any) -> Phi3VForCausalLM:
     whole = whole.to_empty(device=run.device)
     zero.copy_weights(engine.module, whole)
     return whole
+
+
+def check_shards(run: Run, beat: Callable[[], None]) -> None:
+    """Compare every byte of the datasets with the manifests, if data.verify asks; all ranks call.
+
+    The ranks of a host share its reading, for hosts may have disks of their own.
+    Raises: ShardError on the rank that finds a file which is not what it should be.
+    """
+    if run.cfg.data.verify != "digest":
+        return
+    ranks = run.ranks
+    files = [file for folder in run.cfg.data.folders for file in listed_files(Path(folder))]
+    mine = files[ranks.local_rank :: ranks.local_size]
+    total, began = sum(file.bytes for file in files), time.monotonic()
+    turn, moved = Turn("check of the shards", ranks.world_size), [began]
+    settings = {"unit_scale": True, "leave": False, "disable": not ranks.is_first}
+    with progress(None, "check the shards", "B", sum(f.bytes for f in mine), **settings) as bar:
+
+        def told(size: int) -> None:
+            bar.update(size)
+            beat()
+            if time.monotonic() - moved[0] > MOVE_SECONDS:
+                moved[0] = time.monotonic()
+                turn.move()
+
+        check_files(mine, told)
+    turn.wait(beat)
+    if ranks.is_first:
+        seconds = time.monotonic() - began
+        say(f"all {total:,} bytes of {len(files):,} files are as written ({seconds:,.0f} s)")
 
 
 def check_length(run: Run, done: int) -> None:

@@ -21,7 +21,7 @@ from phi3v.model.weights import WeightFiles, check_shapes, parameter_places
 from phi3v.training.extensions import load_extensions
 from phi3v.training.meeting import Turn, meet
 from phi3v.training.norms import module_norms, record_norms
-from phi3v.training.ranks import Ranks, own_ranks
+from phi3v.training.ranks import Ranks, own_ranks, share_mistakes
 
 Result = TypeVar("Result")
 MARGIN_SECONDS = 60.0  # a hang is the watchdog's, which shows where; then the collective gives up
@@ -43,6 +43,7 @@ def start_process_group(seconds: float = 1800.0) -> torch.device:
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     del server  # the process group has found it
+    share_mistakes()
     return device
 
 

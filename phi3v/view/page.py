@@ -6,6 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from phi3v.data import Dataset
 from phi3v.data.audit import audit_split, merge
 from phi3v.data.format import read_manifest
@@ -13,7 +15,7 @@ from phi3v.errors import ConfigError
 from phi3v.evaluation.charts import CHART_STYLE, short_number
 from phi3v.files import write_text
 from phi3v.page import facts_section, heading, html_page
-from phi3v.processing import Phi3VProcessor
+from phi3v.processing.processor import open_tokenizer, tokenizer_digest
 from phi3v.view.distributions import distributions_section, packs_section
 from phi3v.view.findings import audit_section, rejected_section
 from phi3v.view.samples import find, samples_section, spread
@@ -57,9 +59,9 @@ def write_view(folder: Path, out: Path, wishes: Wishes) -> None:
     """
     manifest = read_manifest(folder)
     datasets = {split: Dataset(folder, split) for split in manifest["splits"]}
-    processor = _open_processor(manifest, wishes.model)
+    tokenizer = _open_tokenizer(manifest, wishes.model)
     check_out(out)
-    write_page(out, f"Dataset {folder}", "".join(_body(folder, datasets, processor, wishes)))
+    write_page(out, f"Dataset {folder}", "".join(_body(folder, datasets, tokenizer, wishes)))
 
 
 def check_out(out: Path, option: str = "--out") -> None:
@@ -87,34 +89,37 @@ def write_page(out: Path, title: str, body: str, option: str = "--out") -> None:
         ) from error
 
 
-def _open_processor(manifest: Mapping[str, Any], model: str | None) -> Phi3VProcessor:
+def _open_tokenizer(manifest: Mapping[str, Any], model: str | None) -> PreTrainedTokenizerFast:
     path = model or manifest["recipe"]["model"]
     try:
-        processor = Phi3VProcessor.from_pretrained(path)
+        tokenizer = open_tokenizer(path)
     except ConfigError as error:
         raise ConfigError(f"{error}; --model says where the dataset's tokenizer is") from error
-    if processor.tokenizer_digest != manifest["tokenizer"]:
+    if (digest := tokenizer_digest(tokenizer)) != manifest["tokenizer"]:
         raise ConfigError(
-            f"model {path} has tokenizer {processor.tokenizer_digest[:12]}..., the dataset was made"
+            f"model {path} has tokenizer {digest[:12]}..., the dataset was made"
             f" with {manifest['tokenizer'][:12]}...; name the model it was made for with --model"
         )
-    return processor
+    return tokenizer
 
 
 def _body(
-    folder: Path, datasets: Mapping[str, Dataset], processor: Phi3VProcessor, wishes: Wishes
+    folder: Path,
+    datasets: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerFast,
+    wishes: Wishes,
 ) -> Iterator[str]:
     manifest = next(iter(datasets.values())).manifest
     counts = {split: len(dataset) for split, dataset in datasets.items()}
     shown = find(datasets, wishes.ids) if wishes.ids else spread(counts, wishes.rows)
     # The packs first: they alone may refuse what was asked for.
     packs = packs_section(next(iter(datasets.values())), wishes.max_tokens, wishes.max_views)
-    assistant, end = processor.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    assistant, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
     audit = merge(audit_split(dataset, assistant, end) for dataset in datasets.values())
     links = "".join(f'<a href="#{name}">{name}</a>' for name in SECTIONS)
     yield heading(f"Dataset {folder}", _key_facts(manifest), f"<nav>{links}</nav>")
     yield _splits_section(manifest)
-    yield from samples_section(datasets, shown, TokenText(processor.tokenizer))
+    yield from samples_section(datasets, shown, TokenText(tokenizer))
     yield distributions_section(datasets)
     yield audit_section(audit)
     yield rejected_section(folder, manifest)

@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from phi3v.config.schema import Verify
 from phi3v.data import Dataset
 from phi3v.data.codecs import NAMES, Codec, CodecName
 from phi3v.errors import ShardError
+from phi3v.files import sha256
 from phi3v.sample import Sample
 from tests.tiny import assert_same, make_sample, write_samples
 
@@ -61,9 +63,9 @@ def flip(path: Path, position: int, bits: int = 0xFF) -> None:
     path.write_bytes(data)
 
 
-def refusal(folder: Path, split: str = "train") -> str:
+def refusal(folder: Path, split: str = "train", verify: Verify | None = None) -> str:
     with pytest.raises(ShardError) as caught:
-        Dataset(folder, split)
+        Dataset(folder, split, verify)
     return str(caught.value)
 
 
@@ -136,8 +138,8 @@ def test_an_index_whose_messages_leave_gaps_is_refused(
     table = table.set_column(number, table.field(number), moved)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
-    size = path.stat().st_size
-    edit_manifest(folder, lambda m: m["splits"]["train"]["index"].update(bytes=size))
+    entry = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    edit_manifest(folder, lambda m: m["splits"]["train"]["index"].update(entry))
     assert refusal(folder).startswith(f"{path} cannot be read (it does not list the samples ")
 
 
@@ -192,14 +194,11 @@ def test_verify_names_a_file_truncated_since_it_was_opened(folder: Path, name: s
 
 @pytest.mark.parametrize("name", SHARDS)
 def test_verify_names_a_shard_of_another_dataset(folder: Path, other: Path, name: str) -> None:
-    """Of the same size, so that opening cannot see it, unless it is asked to."""
+    """Of the same size, so that opening cannot see it."""
     shutil.copy(other / name, folder / name)
     dataset = Dataset(folder, "train")
-    with pytest.raises(ShardError, match=f"{name} has SHA-256 .* or another dataset's; remove the"):
+    with pytest.raises(ShardError, match=f"{name} has SHA-256 .* or another dataset's; bring it"):
         dataset.verify()
-    with pytest.raises(ShardError, match=f"{name} has SHA-256"):
-        Dataset(folder, "train", verify=True)
-    assert len(Dataset(other, "train", verify=True)) == 3
 
 
 def test_an_index_of_another_dataset_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -210,7 +209,9 @@ def test_an_index_of_another_dataset_is_refused(folder: Path, tmp_path: Path) ->
     name = "train.index.arrow"
     assert (foreign / name).stat().st_size == (folder / name).stat().st_size
     shutil.copy(foreign / name, folder / name)
-    assert refusal(folder).startswith(f"{folder / name} cannot be read (it does not list the ")
+    told = refusal(folder, verify="size")
+    assert told.startswith(f"{folder / name} cannot be read (it does not list the ")
+    assert refusal(folder).startswith(f"{folder / name} has SHA-256 ")
 
 
 @both_ways
@@ -220,7 +221,7 @@ def test_a_sample_that_cannot_be_read_is_a_shard_error_naming_file_and_sample(
     """Damage that opening cannot see: a shard of the right size full of zeros."""
     path = folder / SHARDS[1]
     path.write_bytes(bytes(path.stat().st_size))
-    dataset = Dataset(folder, "train")
+    dataset = Dataset(folder, "train", verify="size")
     read(dataset, 0)
     with pytest.raises(ShardError, match=f"{path} cannot be read at sample 2 .*; remove the"):
         read(dataset, 2)
@@ -262,7 +263,7 @@ def test_pixels_that_cannot_be_decoded_are_a_shard_error_naming_file_and_sample(
     data = path.read_bytes()
     assert data.count(good) == 1
     path.write_bytes(data.replace(good, bytes(20) + good[20:]))
-    dataset = Dataset(folder, "train")
+    dataset = Dataset(folder, "train", verify="size")
     read(dataset, 0)
     with pytest.raises(ShardError) as caught:
         read(dataset, 2)
@@ -285,7 +286,7 @@ def test_no_flipped_byte_crashes_the_reader(tmp_path: Path, name: str, codec: Co
         flip(path, position)
         for read in (read_mapped, read_into):
             try:
-                dataset = Dataset(folder, "train")
+                dataset = Dataset(folder, "train", verify="size")
                 for index in range(3):
                     read(dataset, index)
             except ShardError as error:

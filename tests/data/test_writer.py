@@ -13,6 +13,7 @@ from phi3v.data import Dataset
 from phi3v.data.codecs import NAMES, Codec, CodecName
 from phi3v.data.format import FORMAT_VERSION, INDEX_SCHEMA
 from phi3v.data.writer import ShardWriter, finish_split
+from phi3v.errors import ShardError
 from phi3v.files import sha256, write_json
 from phi3v.sample import Canvas, Sample
 from tests.tiny import CROP, RAW, SIDE, assert_same, make_sample
@@ -182,3 +183,16 @@ def test_entries_and_tables_that_do_not_pair_leave_no_index(tmp_path: Path) -> N
     with pytest.raises(ValueError):
         finish_split(tmp_path, "train", [entry], [table, table])
     assert [file.name for file in tmp_path.iterdir()] == ["train-00000.arrow"]
+
+
+def test_a_part_of_an_index_that_another_version_wrote_is_refused(tmp_path: Path) -> None:
+    """As of a prepare that was killed before an update of the program, and goes on after it."""
+    entry, table = write_shard(tmp_path / "train-00000.arrow", SAMPLES)
+    with pytest.raises(ShardError) as caught:
+        publish(tmp_path, [entry], [table.drop_columns(["digest", "meta_digest"])])
+    assert str(caught.value) == (
+        f"{tmp_path} holds a part of the index of split 'train' with the columns shard, offset, "
+        "bytes, tokens, label_tokens, image_tokens, views, image_sizes, as another version of this "
+        "program writes it; remove that folder and run launch/prepare.py again"
+    )
+    assert not list(tmp_path.glob("*.index.arrow"))

@@ -1,6 +1,8 @@
 """The settings of pictures travel from the dataset to whatever asks or serves the model."""
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,20 @@ from phi3v.config.dataset import DatasetConfig, ImagesSection, SourceSection
 from phi3v.data import Dataset
 from phi3v.data.mixture import open_datasets
 from phi3v.errors import ConfigError
-from phi3v.export.opening import check_shards, open_processor, picture_settings
+from phi3v.export.opening import (
+    check_shards,
+    made_preprocessor,
+    open_processor,
+    picture_settings,
+)
 from phi3v.export.originals import write_originals
 from phi3v.files import write_json
-from phi3v.pictures import PUBLISHED, PictureSettings
+from phi3v.pictures import PREPROCESSOR, PUBLISHED, PictureSettings
 from phi3v.prepare import prepare
 from phi3v.prepare.summary import summary
 from phi3v.processing import Phi3VProcessor
 from phi3v.training.opening import describe_data
+from tests.commands import LAUNCH, run
 from tests.export.runs import read
 from tests.tiny import write_jsonl
 
@@ -106,6 +114,91 @@ def test_settings_like_the_bases_leave_its_file_as_it_is(tiny_model: Path, tmp_p
     write_originals(str(tiny_model), tmp_path, torch.float32, base)
     name = "preprocessor_config.json"
     assert (tmp_path / name).read_bytes() == (tiny_model / name).read_bytes()
+
+
+def without_preprocessor(model: Path, folder: Path) -> Path:
+    shutil.copytree(model, folder)
+    (folder / PREPROCESSOR).unlink()
+    return folder
+
+
+def test_a_base_without_image_settings_is_asked_and_exported_with_those_of_the_shards(
+    rows: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Also when the shards are gone; the run's own record knows."""
+    shards = make(rows, tiny_model, "shards", num_crops=2, images=PUBLISHED)
+    held = {sample.id: sample.images[0].pixels for sample in Dataset(shards, "train")}
+    base = without_preprocessor(tiny_model, tmp_path / "base")
+    run, out = make_run(tmp_path / "run", base, shards), tmp_path / "served"
+    shutil.rmtree(shards)
+    out.mkdir()
+    pictures = picture_settings(run)
+    made = made_preprocessor(run, pictures)
+    write_originals(str(base), out, torch.float32, pictures, made)
+    assert read(out / PREPROCESSOR) == read(tiny_model / PREPROCESSOR) | {"num_crops": 2}
+    for processor in (open_processor(str(run)), AutoProcessor.from_pretrained(out)):
+        assert processor.views == Phi3VProcessor.from_pretrained(tiny_model).views
+        for name, canvas in shown(processor, tmp_path).items():
+            assert np.array_equal(canvas, held[name]), name
+
+
+def test_a_run_of_before_on_such_a_base_asks_its_shards_and_is_refused_without(
+    rows: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    shards = make(rows, tiny_model, "shards")
+    base = without_preprocessor(tiny_model, tmp_path / "base")
+    run = make_run(tmp_path / "run", base, shards)
+    data = read(run / "data.json")
+    del data["view_settings"]
+    write_json(run / "data.json", data)
+    assert open_processor(str(run)).views == Phi3VProcessor.from_pretrained(tiny_model).views
+    shutil.rmtree(shards)
+    with pytest.raises(ConfigError) as caught:
+        open_processor(str(run))
+    assert str(caught.value) == (
+        f"model {base} has no preprocessor_config.json, {run}/data.json does not say what it said, "
+        "and the shards are gone; put the base's file back, or name where the shards are"
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_job_needs_no_image_settings_of_the_base(
+    tiny_model: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Train, look, evaluate, export, and ask run and export: both answer as with the file."""
+    answers = []
+    for name, base in (
+        ("with", tiny_model),
+        ("without", without_preprocessor(tiny_model, tmp_path / "base")),
+    ):
+        recipe = tmp_path / f"{name}.yaml"
+        tree = {
+            "run": {"out": name},
+            "model": {"path": str(base)},
+            "data": {"shards": str(tiny_shards), "max_tokens": 264},
+            "optim": {"lr": 1e-3},
+            "train": {"max_steps": 1},
+            "eval": {"rows": 2, "max_new_tokens": 2, "blind": False},
+        }
+        write_json(recipe, tree)
+        picture = tmp_path / "p.png"
+        Image.new("RGB", (60, 40), (200, 20, 20)).save(picture)
+        asked = ("--prompt", "What?", "--image", picture, "--max_new_tokens", 4)
+        view = ("view.py", tiny_shards, "--out", "v.html", "--rows", 1, "--model", base)
+        commands = [
+            ("train.py", recipe),
+            view,
+            ("evaluate.py", name, "--shards", tiny_shards, "eval.rows=2"),
+            ("export.py", name, "--out", f"{name}/export"),
+            ("generate.py", name, *asked),
+            ("generate.py", f"{name}/export", *asked),
+        ]
+        done = [run(sys.executable, LAUNCH / c, *rest, cwd=tmp_path) for c, *rest in commands]
+        assert all(one.returncode == 0 for one in done), "".join(one.stderr for one in done)
+        answers += [one.stdout for one in done[-2:]]
+    assert len(set(answers)) == 1
+    files = [tmp_path / name / "export" / PREPROCESSOR for name in ("with", "without")]
+    assert read(files[0]) == read(files[1])
 
 
 def test_sources_that_differ_are_told_with_what_is_taken(

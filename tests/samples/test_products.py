@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from phi3v.config import DatasetConfig, load_recipe
 from phi3v.errors import ConfigError
+from phi3v.prepare.split import choose_sides, split_key
 from phi3v.samples import products
 from phi3v.samples.products import (
     HEADER,
@@ -143,21 +145,39 @@ def test_another_seed_gives_another_catalogue() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_each_limited_edition_occurs_once_and_other_styles_often(seed: int) -> None:
-    styles = Counter(product.style for product in list_products(3000, seed))
+def test_limited_editions_are_a_third_of_the_styles_and_a_sixth_of_the_products(seed: int) -> None:
+    listed = list_products(3000, seed)
     limited = limited_editions(seed)
     assert len(set(limited)) == 64
-    assert {styles[style] for style in limited} == {1}
-    others = [count for style, count in styles.items() if style not in limited]
+    assert {product.style for product in listed if product.is_limited} == set(limited)
+    assert not {product.style for product in listed if not product.is_limited} & set(limited)
+    assert 0.16 < sum(product.is_limited for product in listed) / 3000 < 0.2
+    others = Counter(product.style for product in listed if not product.is_limited)
     assert len(others) == 128
-    assert min(others) >= 8
+    assert min(others.values()) >= 8
 
 
-def test_limited_editions_are_spread_over_the_catalogue() -> None:
-    limited = limited_editions(0)
-    rows = [i for i, p in enumerate(list_products(3000, 0)) if p.style in limited]
-    assert [row // 46 for row in rows] == list(range(64))
-    assert len({row % 46 for row in rows}) > 20
+def test_the_edition_of_a_row_is_its_title_or_its_own_code(catalogue: Path) -> None:
+    for row, product in zip(read_rows(catalogue), list_products(ROWS, 0), strict=True):
+        assert row["edition"] == row["title" if product.is_limited else "product_code"]
+
+
+@pytest.mark.parametrize(("seed", "held_out", "unseen"), [(0, 276, 63), (1, 282, 61)])
+def test_the_recipe_holds_out_whole_limited_editions(seed: int, held_out: int, unseen: int) -> None:
+    """About 60 of the demo's validation rows have a title that no row of training has."""
+    recipe = load_recipe(
+        DatasetConfig, Path(__file__).parents[2] / "launch/recipes/products.yaml", []
+    )
+    assert recipe.split.by == "edition"
+    products = list_products(3000, seed)
+    keys = [split_key(recipe.split.seed, product.edition) for product in products]
+    sides = choose_sides(np.array(keys, dtype=np.uint64), recipe.split.share)
+    is_held = dict(zip(products, sides.held_out.tolist(), strict=True))
+    seen = {product.title for product in products if not is_held[product]}
+    asked = [product for product in products if is_held[product]]
+    assert len(asked) == held_out
+    assert sum(product.title not in seen for product in asked) == unseen
+    assert not {product.title for product in asked if product.is_limited} & seen
 
 
 def test_one_picture_in_eleven_is_wide_or_tall() -> None:

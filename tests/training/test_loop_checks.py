@@ -1,6 +1,7 @@
 """What is checked before a run starts anything slow, or writes anything."""
 
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,13 @@ from phi3v.config import RunConfig, build_recipe, check, default_deepspeed, load
 from phi3v.config.check import SMOKE_STEPS
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError, ConfigError, Diverged, ShardError
+from phi3v.files import write_json
 from phi3v.prepare import prepare
+from phi3v.processing.processor import own_settings
+from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD
 from phi3v.training.checkpoints.saving import Progress
 from phi3v.training.loop import train
-from phi3v.training.opening import Run, describe_length, open_run
+from phi3v.training.opening import Run, describe_data, describe_length, open_run
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder
 from phi3v.training.session import (
@@ -119,17 +123,56 @@ def test_a_sample_larger_than_a_pack_is_refused(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "what"),
-    [({"text_pieces": 100}, "tokenizer"), ({"image_size": 84}, "image settings")],
+    [({"text_pieces": 100}, "tokenizer"), ({"image_size": 84}, "crop_size")],
 )
 def test_shards_of_another_model_are_refused(
     values: dict[str, Any], tmp_path: Path, sizes: dict[str, int], what: str
 ) -> None:
     other = make_model(tmp_path / "other", **sizes)
     message = refusal(values, f"model.path={other}")
-    assert message.endswith(
-        f" were prepared for a model with another {what} than {other}; prepare them again with "
-        "this model"
+    made = json.loads((Path(values["data"]["shards"]) / "manifest.json").read_text())[what]
+    own = own_settings(str(other))[what]
+    told, found = (f"{v[:12]}..." if isinstance(v, str) else v for v in (made, own))
+    assert message == (
+        f"shards {values['data']['shards']} were prepared with {what} {told}, {other} has {found}; "
+        "prepare them again with this model"
     )
+
+
+def test_a_base_that_contradicts_the_manifest_is_refused(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    base = shutil.copytree(values["model"]["path"], tmp_path / "base")
+    path = base / "preprocessor_config.json"
+    write_json(path, json.loads(path.read_text()) | {"image_std": [0.5, 0.5, 0.5]})
+    message = refusal(values, f"model.path={base}")
+    assert " were prepared with image_std [0.26862954, 0.26130258, 0.27577711], " in message
+    assert f"{base} has [0.5, 0.5, 0.5]; " in message
+
+
+def test_a_base_without_image_settings_takes_those_of_the_manifest(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    base = shutil.copytree(values["model"]["path"], tmp_path / "base")
+    (base / "preprocessor_config.json").unlink()
+    run = opened(values, f"model.path={base}")
+    assert describe_data(run.dataset)["view_settings"] == {
+        "crop_size": 56,
+        "image_side": 2,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
+
+
+def test_a_manifest_that_does_not_say_the_image_settings_is_refused(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    shards = shutil.copytree(values["data"]["shards"], tmp_path / "shards")
+    manifest = json.loads((shards / "manifest.json").read_text())
+    del manifest["image_mean"], manifest["manifest_sha256"]
+    write_json(shards / "manifest.json", manifest)
+    with pytest.raises(ShardError, match=r"manifest\.json does not say image_mean, so nobody"):
+        opened(values, f"data.shards={shards}")
 
 
 def test_another_recipe_in_the_run_folder_is_refused(values: dict[str, Any]) -> None:
