@@ -54,10 +54,12 @@ class EvalSection:
     """Split of the dataset that is answered."""
 
     metrics: tuple[str, ...] = ("exact_match",)
-    """exact_match, accuracy, anls, relaxed_accuracy, rouge_l, bleu, teacher_forced_price_error, and
-    with a `pattern` parse_rate, FIELD_accuracy, FIELD_exact_match, FIELD_similarity of a text,
-    FIELD_mae, FIELD_mape, FIELD_log_error of a number. `_unseen` after any of them counts only the
-    rows whose value is in no training answer. docs/evaluation.md defines each."""
+    """exact_match, accuracy, anls, relaxed_accuracy, vqa_accuracy, rouge_l, bleu,
+    teacher_forced_price_error; of answers that are JSON json_parse_rate, json_field_f1,
+    json_field_accuracy, json_exact_match, json.PATH_accuracy; with a `pattern` parse_rate,
+    FIELD_accuracy, FIELD_exact_match, FIELD_similarity of a text, FIELD_mae, FIELD_mape,
+    FIELD_log_error of a number; module:function, a function of yours. `_unseen` after any of them
+    counts only the rows whose value is in no training answer. docs/evaluation.md defines each."""
 
     pattern: str | None = None
     """What an answer looks like: "Product: {title}, Full Price: {price:float}"."""
