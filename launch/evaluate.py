@@ -10,53 +10,20 @@ A suite names datasets, each with its own settings.
 
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from phi3v.training.ranks import run_command, set_environment
-
-if TYPE_CHECKING:
-    from phi3v.evaluation.suite import Part
 
 
 def main() -> None:
     arguments = parse()
     set_environment()
     # DeepSpeed reads its environment when it is imported.
-    from phi3v.evaluation.comparison import check_request
-    from phi3v.evaluation.suite import ask_about, compare_all, open_parts, write_found
     from phi3v.evaluation.table import found_tables
-    from phi3v.export import check_shards, check_step, open_any
+    from phi3v.export.asking import ask_models
 
-    models, out = arguments.models, arguments.out
-    check_request(models, out)
-    parts = parts_of(arguments)
-    for dataset in open_parts(parts):
-        for model in models:
-            check_shards(model, dataset)
-    steps = check_step(models, arguments.step)
-    given = {
-        model: ask_about(model, open_any(model, parts[0].settings, steps[model]), parts)
-        for model in models
-    }
-    found = compare_all(parts, given)
-    print(found_tables(found))
-    if out:
-        write_found(out, found)
-
-
-def parts_of(arguments: Namespace) -> "list[Part]":
-    """The datasets of the suite, or the one that the command line names."""
-    from phi3v.evaluation.evaluate import limit_owner
-    from phi3v.evaluation.suite import Part, check_suite_alone, read_suite
-    from phi3v.export import base_of, evaluation_settings
-
-    if arguments.suite:
-        check_suite_alone(arguments.overrides)
-        return read_suite(arguments.suite)
-    models, overrides = arguments.models, arguments.overrides
-    runs = [model for model in models if base_of(model) != model]
-    settings = evaluation_settings(Path([*runs, *models][0]), overrides)
-    return [Part("", (arguments.shards,), settings, limit_owner(runs, overrides))]
+    asked = arguments.suite or arguments.shards
+    step, out = arguments.step, arguments.out
+    print(found_tables(ask_models(arguments.models, asked, arguments.overrides, step, out)))
 
 
 def parse() -> Namespace:
