@@ -1,9 +1,11 @@
 """Ask models the held-out rows of a dataset, seeing their pictures and blind.
 
     python launch/evaluate.py MODEL [MODEL ...] --shards DIR [--split S] [eval.KEY=value ...]
+    python launch/evaluate.py MODEL [MODEL ...] --suite FILE.yaml
 
 MODEL is a Hugging Face folder, or a run folder (its newest checkpoint, or --step N). Settings not
 given are the first run's; without one, exact_match alone, no pattern. Several: a paired test.
+A suite names datasets, each with its own settings.
 """
 
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
@@ -16,35 +18,21 @@ def main() -> None:
     arguments = parse()
     set_environment()
     # DeepSpeed reads its environment when it is imported.
-    from phi3v.evaluation.comparison import check_request, compare_models, write_comparison
-    from phi3v.evaluation.evaluate import evaluate, limit_owner
-    from phi3v.evaluation.held_out import open_held_out
-    from phi3v.evaluation.table import all_tables
-    from phi3v.export import base_of, check_shards, check_step, evaluation_settings, open_any
+    from phi3v.evaluation.table import found_tables
+    from phi3v.export.asking import ask_models
 
-    models, folders, out = arguments.models, [arguments.shards], arguments.out
-    check_request(models, out)
-    runs = [model for model in models if base_of(model) != model]
-    settings = evaluation_settings(Path([*runs, *models][0]), arguments.overrides)
-    for dataset in open_held_out(folders, settings).datasets:
-        for model in models:
-            check_shards(model, dataset)
-    steps = check_step(models, arguments.step)
-    found, place = {}, f" (time limit of {limit_owner(runs, arguments.overrides)})"
-    for model in models:
-        asked = open_any(model, settings, steps[model])
-        found[model] = evaluate(asked, folders, settings, name=model + place)
-    pairs = compare_models(found, folders, settings)
-    print(all_tables(found, pairs))
-    if out:
-        write_comparison(out, found, pairs, folders, settings)
+    asked = arguments.suite or arguments.shards
+    step, out = arguments.step, arguments.out
+    print(found_tables(ask_models(arguments.models, asked, arguments.overrides, step, out)))
 
 
 def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model or run folder")
     parser.add_argument("settings", nargs="*", default=[], metavar="eval.KEY=value")
-    parser.add_argument("--shards", required=True, metavar="DIR", help="made by launch/prepare.py")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--shards", metavar="DIR", help="made by launch/prepare.py")
+    asked.add_argument("--suite", type=Path, metavar="FILE.yaml", help="several, with settings")
     parser.add_argument("--step", metavar="N", help="of the runs, or best; default: the newest")
     parser.add_argument("--split", metavar="S", help="default: the run's, or validation")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of scores and answers")

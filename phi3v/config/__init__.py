@@ -19,7 +19,7 @@ from phi3v.config.load import (
     load_recipe,
     to_dict,
 )
-from phi3v.config.schema import MODULES, EvaluationConfig, Module, RunConfig
+from phi3v.config.schema import MODULES, EvaluationConfig, Module, RunConfig, SuiteConfig
 
 __all__ = [
     "MODULES",
@@ -28,6 +28,7 @@ __all__ = [
     "EvaluationConfig",
     "Module",
     "RunConfig",
+    "SuiteConfig",
     "build_recipe",
     "check",
     "check_warmup",

@@ -22,6 +22,7 @@ def check(cfg: RunConfig, ds: DeepSpeedConfig) -> None:
     _check_offload(cfg)
     _check_decay(cfg, ds)
     _check_best(cfg)
+    _check_stop_if(cfg)
 
 
 SMOKE_STEPS = 20
@@ -112,3 +113,21 @@ def _check_best(cfg: RunConfig) -> None:
     else:
         return
     raise ConfigError(f"checkpoint.best is {best!r}, but {reason}")
+
+
+def _check_stop_if(cfg: RunConfig) -> None:
+    rule = cfg.train.stop_if
+    if rule is None:
+        return
+    names = ("loss", *cfg.eval.metrics)
+    if rule.metric not in names:
+        raise ConfigError(
+            f"train.stop_if.metric is {rule.metric!r}, which no evaluation gives; take one of "
+            f"{', '.join(names)}, or add it to eval.metrics"
+        )
+    for key, value in (("eval.rows", cfg.eval.rows), ("eval.every", cfg.eval.every)):
+        if not value:
+            raise ConfigError(
+                f"train.stop_if asks for evaluations during training, but {key} is 0; set it above "
+                "0, or train.stop_if to null"
+            )

@@ -27,10 +27,10 @@ import yaml
 from phi3v.config.dataset import DatasetConfig
 from phi3v.config.keys import SECTIONS
 from phi3v.config.names import nearest
-from phi3v.config.schema import EvaluationConfig, RunConfig
+from phi3v.config.schema import EvaluationConfig, RunConfig, SuiteConfig
 from phi3v.errors import ConfigError
 
-Recipe = TypeVar("Recipe", RunConfig, DatasetConfig, EvaluationConfig)
+Recipe = TypeVar("Recipe", RunConfig, DatasetConfig, EvaluationConfig, SuiteConfig)
 
 BATCH_KEYS = (
     *("batch_size", "train_batch_size", "global_batch_size", "micro_batch_size", "batch"),

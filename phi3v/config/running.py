@@ -10,6 +10,46 @@ from phi3v.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
+class StopIfSection:
+    metric: str
+    """`loss` of the held-out rows, or a name of `eval.metrics`."""
+
+    patience: int | None = None
+    """Evaluations in a row, without a value better than the best before them, after which the run
+    ends; default: it does not for that."""
+
+    min_delta: float = 0.0
+    """What a value must be better by, more than this, to count as better; in the metric's unit, of
+    a rate as a fraction."""
+
+    above: float | None = None
+    """The run ends after the first evaluation whose value is above this; a rate as a fraction."""
+
+    below: float | None = None
+    """The same for a value that is below this."""
+
+    def __post_init__(self) -> None:
+        filled(train__stop_if__metric=self.metric)
+        at_least(1, train__stop_if__patience=self.patience)
+        at_least(0, train__stop_if__min_delta=self.min_delta)
+        if self.patience is None and self.above is None and self.below is None:
+            raise ConfigError(
+                "train.stop_if needs one of train.stop_if.patience, train.stop_if.above and "
+                "train.stop_if.below, got none; to train to the last step set train.stop_if to null"
+            )
+        if self.min_delta and self.patience is None:
+            raise ConfigError(
+                f"train.stop_if.min_delta is {self.min_delta:g} without train.stop_if.patience, "
+                "which it belongs to; set patience, or leave it out"
+            )
+        if self.above is not None and self.below is not None and self.above < self.below:
+            raise ConfigError(
+                f"train.stop_if.above is {self.above:g} and train.stop_if.below {self.below:g}, so "
+                "that every value ends the run; exchange them, or leave one out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSection:
     max_steps: int | None = None
     """Length of the run in optimizer steps; either this or `epochs`."""
@@ -19,6 +59,10 @@ class TrainSection:
 
     stop_after: float | None = None
     """Seconds after whose end the run saves and stops with exit code 75, to be started again."""
+
+    stop_if: StopIfSection | None = None
+    """{metric, patience, min_delta, above, below}: the run ends before its last step, as a finished
+    one, if an evaluation says so. Learning rates stay those of the whole run."""
 
     hang_timeout: float = 300.0
     """Seconds without any progress after which a rank writes its stacks and ends: longer than the
@@ -47,6 +91,9 @@ class EvalSection:
     every: int = 0
     """Steps between evaluations; 0: only at the end."""
 
+    at_start: bool = False
+    """Whether the base is evaluated before the first step, so that curves begin at step 0."""
+
     rows: int = 256
     """Held-out rows that are answered; 0: no evaluation."""
 
@@ -54,10 +101,12 @@ class EvalSection:
     """Split of the dataset that is answered."""
 
     metrics: tuple[str, ...] = ("exact_match",)
-    """exact_match, accuracy, anls, relaxed_accuracy, rouge_l, bleu, teacher_forced_price_error, and
-    with a `pattern` parse_rate, FIELD_accuracy, FIELD_exact_match, FIELD_similarity of a text,
-    FIELD_mae, FIELD_mape, FIELD_log_error of a number. `_unseen` after any of them counts only the
-    rows whose value is in no training answer. docs/evaluation.md defines each."""
+    """exact_match, accuracy, anls, relaxed_accuracy, vqa_accuracy, rouge_l, bleu,
+    teacher_forced_price_error; of answers that are JSON json_parse_rate, json_field_f1,
+    json_field_accuracy, json_exact_match, json.PATH_accuracy; with a `pattern` parse_rate,
+    FIELD_accuracy, FIELD_exact_match, FIELD_similarity of a text, FIELD_mae, FIELD_mape,
+    FIELD_log_error of a number; module:function, a function of yours. `_unseen` after any of them
+    counts only the rows whose value is in no training answer. docs/evaluation.md defines each."""
 
     pattern: str | None = None
     """What an answer looks like: "Product: {title}, Full Price: {price:float}"."""
@@ -85,6 +134,11 @@ class EvalSection:
         at_least(1, eval__max_new_tokens=self.max_new_tokens, eval__batch_rows=self.batch_rows)
         at_least(1, eval__loss_rows=self.loss_rows)
         above_zero("leave it out for no limit", eval__max_seconds=self.max_seconds)
+        if self.at_start and not self.rows:
+            raise ConfigError(
+                "eval.at_start is true, but eval.rows is 0, so nothing is evaluated; set eval.rows "
+                "above 0, or eval.at_start to false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

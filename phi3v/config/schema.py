@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from phi3v.config.running import (
@@ -344,3 +345,47 @@ class EvaluationConfig:
 
     eval: EvalSection = EvalSection()
     """How answers on held-out rows are generated and measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteDataset:
+    shards: str
+    """Dataset folder that `launch/prepare.py` wrote."""
+
+    name: str | None = None
+    """What tables and files call it; default: the folder's name."""
+
+    eval: EvalSection = EvalSection()
+    """What is asked of it, as in a run's recipe, but for `every` and `at_start`."""
+
+    def __post_init__(self) -> None:
+        filled(datasets__shards=self.shards, datasets__name=self.name)
+        for key, value in (("every", self.eval.every), ("at_start", self.eval.at_start)):
+            if value:
+                raise ConfigError(
+                    f"datasets.eval.{key} is {value} for {self.shards}, but a suite is evaluated "
+                    "once; leave it out"
+                )
+
+    @property
+    def title(self) -> str:
+        """Its name, or its folder's."""
+        return self.name or Path(self.shards).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteConfig:
+    """What `launch/evaluate.py --suite` asks of each model."""
+
+    datasets: tuple[SuiteDataset, ...]
+    """Each dataset with its own metrics."""
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise ConfigError("datasets must name at least one dataset, got []")
+        titles = [one.title for one in self.datasets]
+        for one in self.datasets:
+            if titles.count(one.title) > 1:
+                raise ConfigError(
+                    f"datasets has {one.title!r} twice; give each a name of its own, as name: NAME"
+                )

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from phi3v.config.running import EvalSection
 from phi3v.errors import ConfigError
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.held_out import pattern_of, train_references
 from phi3v.evaluation.metrics import Difference, compare, is_lower_better
-from phi3v.files import write_json
 
 CHANCE = 0.05  # a difference is called one if its p is below this, and its interval holds no 0
 
@@ -76,14 +76,13 @@ def compare_models(
     return found
 
 
-def write_comparison(
-    path: Path,
+def comparison_values(
     evaluations: Mapping[str, Evaluation],
     comparisons: Sequence[Comparison],
     folders: Sequence[str],
     settings: EvalSection,
-) -> None:
-    """Write everything that was found as JSON: settings, scores, every answer, differences."""
+) -> dict[str, Any]:
+    """Everything that was found, for a file: settings, scores, every answer, differences."""
     models = {
         name: {
             "loss": found.loss,
@@ -106,4 +105,4 @@ def write_comparison(
         for pair in comparisons
     ]
     values = {"shards": list(folders), "eval": asdict(settings)}
-    write_json(path, values | {"models": models, "comparisons": pairs})
+    return values | {"models": models, "comparisons": pairs}

@@ -18,6 +18,8 @@ from phi3v.data.format import read_manifest
 from phi3v.data.mixture import open_datasets
 from phi3v.evaluation.held_out import pattern_of, spread
 from phi3v.evaluation.metrics import Pattern, find_metrics
+from phi3v.evaluation.metrics.names import Subject
+from phi3v.evaluation.metrics.scores import content
 from phi3v.evaluation.metrics.text import normalise
 from phi3v.sample import Canvas
 
@@ -109,26 +111,27 @@ def constant_answers(
     """
     references = _training_references(tuple(folders))
     pattern, names = pattern_of(settings), list(names)
-    metrics = zip(names, find_metrics(names, pattern), strict=True)
-    fields = {name: metric.field for name, metric in metrics}
-    answers = {field: _most_frequent(references, field, pattern) for field in set(fields.values())}
-    return {name: text for name, field in fields.items() if (text := answers[field]) is not None}
+    subjects = {
+        name: metric.subject
+        for name, metric in zip(names, find_metrics(names, pattern), strict=True)
+    }
+    answers = {
+        subject: _most_frequent(references, subject, pattern) for subject in set(subjects.values())
+    }
+    found = ((name, answers[subject]) for name, subject in subjects.items())
+    return {name: text for name, text in found if text is not None}
 
 
 def _most_frequent(
-    references: Sequence[str], field: str | None, pattern: Pattern | None
+    references: Sequence[str], subject: Subject, pattern: Pattern | None
 ) -> str | None:
     """The first text whose field, or whole text, is the most frequent; None if none has it."""
-    values: dict[str, str | float] = {}
-    for text in references:
-        parts = pattern.parse(text) if pattern and field else None
-        if field is None or parts is not None:
-            values[text] = text.strip() if parts is None or field is None else parts[field]
-    counts = Counter(values[text] for text in references if text in values)
+    held = [(text, content(subject, text, pattern)) for text in references]
+    counts = Counter(value for _, value in held if value is not None)
     if not counts:
         return None
     ((most, _),) = counts.most_common(1)  # the first of those as frequent
-    return next(text for text, value in values.items() if value == most)
+    return next(text for text, value in held if value == most)
 
 
 @cache

@@ -1,20 +1,23 @@
 """Held-out rows: which are taken, what each asks, and what it asks about other pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from phi3v.config.names import nearest
 from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
 from phi3v.data.mixture import Mixture, open_datasets
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Prompt
-from phi3v.evaluation.metrics import Pattern, compile_pattern, find_metrics
-from phi3v.evaluation.metrics.answers import misfit
-from phi3v.evaluation.metrics.names import UNSEEN
+from phi3v.evaluation.metrics import Answer, Pattern, compile_pattern, find_metrics
+from phi3v.evaluation.metrics.answers import check_json, misfit
+from phi3v.evaluation.metrics.names import JSON, UNSEEN, Metric
+from phi3v.evaluation.metrics.own import is_own, own_value, takes_prompt
+from phi3v.evaluation.metrics.structured import json_paths
 from phi3v.sample import Sample, with_images
 
 HeldOut = Dataset | Mixture
@@ -25,10 +28,11 @@ def open_held_out(folders: Sequence[str], settings: EvalSection) -> HeldOut:
 
     Call it before a run starts, to refuse early what cannot work.
 
-    Raises: ConfigError if there is nothing to answer, a metric does not fit the pattern, or the
-    pattern does not fit a reference; ShardError if no dataset has the split.
+    Raises: ConfigError if there is nothing to answer, a metric does not fit the pattern, a
+    reference is not what a metric reads, or a metric of the user's own fails; ShardError if no
+    dataset has the split.
     """
-    find_metrics(settings.metrics, pattern_of(settings))
+    metrics = find_metrics(settings.metrics, pattern_of(settings))
     if not settings.rows:
         raise ConfigError("eval.rows is 0, so there is nothing to evaluate; set it above 0")
     dataset = open_datasets(folders, settings.split, is_optional=True)
@@ -39,20 +43,50 @@ def open_held_out(folders: Sequence[str], settings: EvalSection) -> HeldOut:
         )
     if _needs_train(settings):
         open_datasets(folders, "train")
-    _check_references(dataset, settings)
+    _check_references(dataset, settings, metrics)
     return dataset
 
 
-def _check_references(dataset: HeldOut, settings: EvalSection) -> None:
-    """Refuse a reference that the pattern cannot read, naming the folder and row that hold it."""
+def _check_references(dataset: HeldOut, settings: EvalSection, metrics: Sequence[Metric]) -> None:
+    """Refuse a reference that a metric cannot read, naming the folder and row that hold it.
+
+    The user's own metrics are tried on the first row, as if it were answered right.
+    """
     pattern = pattern_of(settings)
-    if pattern is None:
-        return
-    for row in spread(len(dataset), settings.rows):
-        reference = dataset.read_meta(row)["reference"]
-        if pattern.parse(reference) is None:
-            place = f"{_folder_of(dataset, row)}, split '{settings.split}', row '{dataset[row].id}'"
+    needs_json = any(metric.needs_json for metric in metrics)
+    paths: set[str] = set()
+    own = [metric.kind for metric in metrics if is_own(metric.kind)]
+    for number, row in enumerate(spread(len(dataset), settings.rows)):
+        if not (pattern or needs_json or (own and number == 0)):
+            return
+        meta = dataset.read_meta(row)
+        reference, references = meta["reference"], tuple(meta.get("references") or ())
+        sample_id = dataset.read_id(row)
+        place = f"{_folder_of(dataset, row)}, split '{settings.split}', row '{sample_id}'"
+        if pattern and pattern.parse(reference) is None:
             raise misfit(place, reference, pattern)
+        if needs_json:
+            check_json(place, (reference, *references))
+            paths |= {path for text in references or (reference,) for path in json_paths(text)}
+        if number == 0:
+            _try_own(own, Answer(sample_id, reference, reference, references))
+    _check_paths(metrics, paths)
+
+
+def _try_own(names: Sequence[str], answer: Answer) -> None:
+    """Ask the user's functions about an answer, but for those that want its prompt in words."""
+    for name in names:
+        if not takes_prompt(name):
+            own_value(name, answer)
+
+
+def _check_paths(metrics: Sequence[Metric], paths: Collection[str]) -> None:
+    for metric in metrics:
+        if metric.is_json and metric.field is not None and metric.field not in paths:
+            raise ConfigError(
+                f"eval.metrics has '{JSON}{metric.field}_accuracy', but no reference of the rows "
+                f"has the field {metric.field}; {nearest(metric.field, sorted(paths))}"
+            )
 
 
 def _folder_of(dataset: HeldOut, row: int) -> Path:

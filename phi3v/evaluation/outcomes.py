@@ -64,14 +64,14 @@ class Outcome:
     def answer(self) -> Answer:
         """What was said seeing the pictures, as the metrics take it."""
         texts = self.id, self.reference, self.prediction
-        return Answer(*texts, self.references, self.teacher_forced)
+        return Answer(*texts, self.references, self.teacher_forced, self.prompt)
 
     @property
     def blind_answer(self) -> Answer | None:
         """What was said seeing another row's pictures; nothing teacher-forced was."""
         if self.blind is None:
             return None
-        return Answer(self.id, self.reference, self.blind, self.references)
+        return Answer(self.id, self.reference, self.blind, self.references, prompt=self.prompt)
 
     @property
     def is_right(self) -> bool:

@@ -7,6 +7,7 @@ from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.metrics import Difference, Score, is_rate
 from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
 from phi3v.evaluation.report.words import interval_fault, loss_value, metric_value
+from phi3v.evaluation.suite import Found
 
 
 def all_tables(evaluations: Mapping[str, Evaluation], comparisons: Sequence[Comparison]) -> str:
@@ -15,19 +16,43 @@ def all_tables(evaluations: Mapping[str, Evaluation], comparisons: Sequence[Comp
     return "\n\n".join([score_table(evaluations), *map(difference_table, pairs)])
 
 
+def found_tables(found: Sequence[Found]) -> str:
+    """The same; of a suite one table of scores, then one of differences for each pair.
+
+    dataset   metric   runs/demo
+    charts    loss     0.6973
+    """
+    if not found[0].part.name:
+        return all_tables(found[0].evaluations, found[0].comparisons)
+    heads: list[list[list[str]]] = []
+    for one in found:
+        pairs = [pair for pair in one.comparisons if pair.differences]
+        tables = [_score_lines(one.evaluations), *map(_difference_lines, pairs)]
+        heads += [[] for _ in tables[len(heads) :]]
+        for table, lines in zip(heads, tables, strict=False):
+            if not table:
+                table.append(["dataset", *lines[0]])
+            table += [[one.part.name, *line] for line in lines[1:]]
+    return "\n\n".join(map(_aligned, heads))
+
+
 def score_table(evaluations: Mapping[str, Evaluation]) -> str:
     """One line per metric; per model its value with the 95 % interval, and the controls'.
 
     metric               runs/demo
     category_accuracy    98.1% [96.3%, 99.6%] n=267   blind 11.2% n=267   constant 12.0%
     """
+    return _aligned(_score_lines(evaluations))
+
+
+def _score_lines(evaluations: Mapping[str, Evaluation]) -> list[list[str]]:
     lines = [["metric", *evaluations]]
     lines.append(["loss", *(loss_value(e.loss, digits=4) for e in evaluations.values())])
     first = next(iter(evaluations.values()))
     of_others = controls(first.scores)
     for name in [name for name in first.scores if name not in of_others]:
         lines.append([name, *(_cell(name, e.scores) for e in evaluations.values())])
-    return _aligned(lines)
+    return lines
 
 
 def difference_table(comparison: Comparison) -> str:
@@ -38,10 +63,14 @@ def difference_table(comparison: Comparison) -> str:
     runs/demo - models/tiny   difference
     category_accuracy         +86.9 pp [+82.4, +91.0] n=267   p=0.0001   runs/demo is better
     """
+    return _aligned(_difference_lines(comparison))
+
+
+def _difference_lines(comparison: Comparison) -> list[list[str]]:
     lines = [[f"{comparison.other} - {comparison.first}", "difference"]]
     for name, difference in comparison.differences.items():
         lines.append([name, *_difference_cells(name, difference), comparison.verdict(name)])
-    return _aligned(lines)
+    return lines
 
 
 def _cell(name: str, scores: Mapping[str, Score]) -> str:

@@ -15,6 +15,7 @@ from phi3v.data import Dataset
 from phi3v.data.format import MANIFEST, read_manifest
 from phi3v.errors import ConfigError
 from phi3v.evaluation.generation import Generator
+from phi3v.evaluation.metrics.own import is_own
 from phi3v.evaluation.models import as_generator, check_model, open_model
 from phi3v.export.originals import is_text_half
 from phi3v.export.target import ORIGIN
@@ -47,11 +48,25 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def evaluation_settings(model: Path, overrides: Sequence[str]) -> EvalSection:
     """The eval settings of a run, or the defaults for a model folder, with overrides.
 
-    Raises: ConfigError naming a key that is wrong.
+    Raises: ConfigError naming a key that is wrong, and for code that the run alone names.
     """
     values = {"eval": to_dict(read_run(model))["eval"]} if _is_run(model) else {}
     place = model / CONFIG if _is_run(model) else Path("the command line")
-    return build_recipe(EvaluationConfig, values, place, overrides).eval
+    settings = build_recipe(EvaluationConfig, values, place, overrides).eval
+    if not {"eval", "eval.metrics"} & {text.partition("=")[0] for text in overrides}:
+        _refuse_own(settings, place)
+    return settings
+
+
+def _refuse_own(settings: EvalSection, place: Path) -> None:
+    """Refuse a metric that is code: the folder may be another person's, and runs nothing here."""
+    own = [name for name in settings.metrics if is_own(name)]
+    if own:
+        raise ConfigError(
+            f"{place} has {own[0]} in eval.metrics, a function of a module in the current folder "
+            "or installed; nothing that a run folder names is run unless you name it too: add "
+            f"'eval.metrics=[{', '.join(settings.metrics)}]', or name other metrics"
+        )
 
 
 def base_of(model: str) -> str:

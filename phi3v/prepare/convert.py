@@ -9,16 +9,15 @@ It is called in every worker, twice for each row (once for each pass), so it mus
 time. Its source is part of what the dataset is made of: the manifest holds its SHA-256.
 """
 
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from phi3v.errors import ConfigError
 from phi3v.files import sha256
+from phi3v.functions import find_function
 from phi3v.prepare.rows import Row
 
 Convert = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -29,7 +28,7 @@ def converted(rows: Iterable[Row], name: str) -> Iterator[Row]:
 
     Raises: ConfigError if there is no such function.
     """
-    function = find_function(name)
+    function = find_convert(name)
     for row in rows:
         yield row if row.fault else _converted(row, name, function)
 
@@ -52,37 +51,21 @@ def _converted(row: Row, name: str, function: Convert) -> Row:
     return replace(row, values=values)
 
 
-@lru_cache(maxsize=8)
-def find_function(name: str) -> Convert:
-    """Import module:function; the current folder's modules are found too.
+def find_convert(name: str) -> Convert:
+    """The function.
 
-    Raises: ConfigError if there is none, or its module cannot be imported.
+    Raises: ConfigError as `find_function`.
     """
-    module_name, _, function_name = name.rpartition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module_name), function_name, None)
-    except Exception as error:  # whatever the user's module raises
-        raise ConfigError(
-            f"source.convert {name} cannot be imported: {type(error).__name__}, {error}; the "
-            "module lies in the current folder or is installed"
-        ) from error
-    if not callable(found):
-        raise ConfigError(
-            f"source.convert {name}: module {module_name} has no function '{function_name}'; write "
-            "one that takes a row and gives a row or None"
-        )
-    function: Convert = found
-    return function
+    advice = "write one that takes a row and gives a row or None"
+    return find_function(name, "source.convert", advice)
 
 
 def convert_digest(name: str) -> str:
     """The SHA-256 of the function's module.
 
-    Raises: ConfigError as `find_function`, or if the module has no file.
+    Raises: ConfigError as `find_convert`, or if the module has no file.
     """
-    find_function(name)
+    find_convert(name)
     file = getattr(sys.modules[name.rpartition(":")[0]], "__file__", None)
     if file is None:
         raise ConfigError(f"source.convert {name} is of no file; write a module of Python for it")

@@ -25,6 +25,7 @@ from phi3v.data.loader import Loader, OnePack, Step
 from phi3v.data.mixture import qualified_id
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError
+from phi3v.evaluation.evaluate import Evaluation
 from phi3v.model.sending import send
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
@@ -37,13 +38,15 @@ from phi3v.training.opening import Run, open_run
 from phi3v.training.optimizer import learning_rates
 from phi3v.training.profile import profiled
 from phi3v.training.ranks import Ranks
-from phi3v.training.results import check_diverged
+from phi3v.training.results import check_diverged, stop_if
 from phi3v.training.session import (
     Session,
+    catch_up,
+    ends_here,
+    evaluate_now,
     finish,
     forget_later_steps,
-    report,
-    run_evaluation,
+    is_evaluated,
     save,
     start,
     stop_here,
@@ -85,8 +88,10 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests)
     dog = Watchdog(timeouts[0], run.folder.path, ranks.rank, timeouts[1], zero.set_timeouts)
     with closing(dog) as watchdog:
         session, done = start(run, stop, watchdog)
-        done = run_steps(session, done)
-        finish(session, done)
+        evaluation = catch_up(session, done)
+        if not ends_here(session, done):
+            done, evaluation = run_steps(session, done)
+        finish(session, done, evaluation)
         with watchdog.patience():  # the service that is told may be slow
             session.tracker.finish()
             if ranks.is_first:
@@ -97,13 +102,16 @@ def train(cfg: RunConfig, ds: DeepSpeedConfig, ranks: Ranks, stop: StopRequests)
         check_diverged(run.folder)
 
 
-def run_steps(session: Session, done: Progress) -> Progress:
-    """Train until the last step, going back where too many steps in a row are bad."""
+def run_steps(session: Session, done: Progress) -> tuple[Progress, Evaluation | None]:
+    """Train until the last step, going back where too many steps in a row are bad.
+
+    returns  where it ended, and the evaluation by which it did, if `train.stop_if` was why
+    """
     while True:
         trail, left_out = zero.from_first_rank(read_trail(session.run))
-        done = run_until_bad(session, done, trail, left_out)
-        if len(trail.skipped) < session.run.cfg.faults.rollback_after:
-            return done
+        done, evaluation = run_until_bad(session, done, trail, left_out)
+        if evaluation or len(trail.skipped) < session.run.cfg.faults.rollback_after:
+            return done, evaluation
         done = go_back(session, done, trail)
 
 
@@ -121,7 +129,7 @@ def read_trail(run: Run) -> tuple[Trail, list[Position]]:
 
 def run_until_bad(
     session: Session, done: Progress, trail: Trail, left_out: list[Position]
-) -> Progress:
+) -> tuple[Progress, Evaluation | None]:
     """Train until the last step or until too many are skipped; save, evaluate, stop on the way."""
     run, engine = session.run, session.engine
     cfg, ranks = run.cfg, run.ranks
@@ -130,6 +138,7 @@ def run_until_bad(
     meter = Meter(run.dataset, engine.module.config, cfg, run.ds, ranks.world_size, run.device)
     steps = loader.steps(done.position, cfg.train.epochs, frozenset(left_out))
     console = Console(run.total_steps, done.step, ranks.is_first)
+    evaluation: Evaluation | None = None
     while done.step < run.total_steps and len(trail.skipped) < cfg.faults.rollback_after:
         began = time.perf_counter()
         step = next(steps, None)
@@ -158,10 +167,12 @@ def run_until_bad(
             trail.losses.append(result.loss)
             del trail.losses[:-HISTORY]
             trail.skipped.clear()
-        after_step(session, done, result, is_good=reason is None)
+        evaluation = after_step(session, done, result, is_good=reason is None)
+        if evaluation:
+            break
     steps.close()
     console.close()
-    return done
+    return done, evaluation
 
 
 @dataclass(frozen=True)
@@ -236,8 +247,12 @@ def note(session: Session, metrics: dict[str, Any], step: Step) -> None:
     session.tracker.log_step(metrics)
 
 
-def after_step(session: Session, done: Progress, result: StepResult, is_good: bool) -> None:
+def after_step(
+    session: Session, done: Progress, result: StepResult, is_good: bool
+) -> Evaluation | None:
     """Save and evaluate when it is time, and stop if a rank was asked to.
+
+    returns  the evaluation by which `train.stop_if` ends the run
 
     Raises: CheckpointError on all ranks if one could not write; Stopped after saving.
     """
@@ -249,10 +264,7 @@ def after_step(session: Session, done: Progress, result: StepResult, is_good: bo
         stop_here(session, done)
     if is_good and not is_last and done.step % cfg.checkpoint.every == 0:
         save(session, done)
-    if cfg.eval.rows and cfg.eval.every and done.step % cfg.eval.every == 0 and not is_last:
-        evaluation = run_evaluation(session)
-        if evaluation:
-            report(session, evaluation, done, is_finished=False)
+    return evaluate_now(session, done) if is_evaluated(run, done.step) else None
 
 
 def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
@@ -287,17 +299,24 @@ def go_back(session: Session, done: Progress, trail: Trail) -> Progress:
 
 def describe_finished(run: Run) -> str:
     """That there is nothing left to train, and what to type for what may be meant."""
-    steps = (run.folder.read_summary() or {})["steps"]
+    summary = run.folder.read_summary() or {}
+    steps = summary["steps"]
     line = f"{run.folder.path} is finished: {steps:,} steps"
-    if steps > run.total_steps:
+    if summary.get("stopped_by") and steps < run.total_steps:
+        line += f", stopped by train.stop_if: {summary['stopped_by']} (change that key to train on)"
+    elif steps > run.total_steps:
         line += f", more than the {run.total_steps:,} that are asked for (name another run.out)"
     return f"{line}; see summary.json, or ask its model by launch/evaluate.py"
 
 
 def _is_finished(run: Run) -> bool:
     summary = run.folder.read_summary() or {}
+    if not summary.get("is_finished"):
+        return False
+    if summary.get("stopped_by") and summary["stop_if"] == stop_if(run.cfg):
+        return True
     left_out = len(run.folder.faults.left_out()) if run.cfg.train.epochs else 0
-    return bool(summary.get("is_finished")) and summary["steps"] >= run.total_steps - left_out
+    return bool(summary["steps"] >= run.total_steps - left_out)
 
 
 def _finite(value: float) -> float | None:

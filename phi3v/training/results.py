@@ -10,7 +10,6 @@ import numpy as np
 from phi3v.config import RunConfig
 from phi3v.errors import CheckpointError, Diverged
 from phi3v.evaluation.evaluate import Evaluation
-from phi3v.evaluation.metrics import is_lower_better
 from phi3v.evaluation.report import Report, Saved, write_report
 from phi3v.files import write_text
 from phi3v.training import console
@@ -23,6 +22,7 @@ from phi3v.training.checkpoints.store import (
     steps_saved,
 )
 from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT, RunFolder
+from phi3v.training.stop_if import goodness, value_of
 
 PREDICTIONS = "predictions.jsonl"
 # A loss that does not fall stays near that of the first step, which the weights as they were gave.
@@ -34,9 +34,16 @@ SHARE = 0.9  # of the last losses that are far above: where batches differ much,
 
 
 def write_results(
-    folder: RunFolder, cfg: RunConfig, evaluation: Evaluation | None, step: int, is_finished: bool
+    folder: RunFolder,
+    cfg: RunConfig,
+    evaluation: Evaluation | None,
+    step: int,
+    is_finished: bool,
+    stopped_by: str | None = None,
 ) -> str | None:
     """Write summary, answers and report of a run as it stands, and say what was found.
+
+    stopped_by  why `train.stop_if` ended it before its last step
 
     Returns how the run diverged, None if it did not.
     """
@@ -45,6 +52,8 @@ def write_results(
     summary = {
         "is_finished": is_finished,
         "diverged": diverged,
+        "stopped_by": stopped_by,
+        "stop_if": stop_if(cfg) if stopped_by else None,
         "steps": step,
         "totals": totals(steps),
         "throughput": throughput(steps),
@@ -130,18 +139,17 @@ def saved(folder: RunFolder) -> list[Saved]:
 def best_scores(entries: Sequence[Mapping[str, Any]], best: str | None) -> dict[int, float]:
     """How good the evaluated steps are by `checkpoint.best`, higher is better; none without it.
 
-    entries  lines of evaluations.jsonl
+    entries  lines of evaluations.jsonl; that of step 0 is of the base, which is no checkpoint
     """
     if best is None:
         return {}
-    sign = -1 if best == "loss" or is_lower_better(best) else 1
-    found = {
-        entry["step"]: entry["loss"]
-        if best == "loss"
-        else entry["metrics"].get(best, {}).get("value")
-        for entry in entries
-    }
-    return {step: sign * value for step, value in found.items() if value is not None}
+    found = {e["step"]: value_of(e, best) for e in entries if e["step"]}
+    return {step: goodness(best, value) for step, value in found.items() if value is not None}
+
+
+def stop_if(cfg: RunConfig) -> dict[str, Any] | None:
+    """The key train.stop_if as summary.json has it."""
+    return None if cfg.train.stop_if is None else asdict(cfg.train.stop_if)
 
 
 def totals(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:

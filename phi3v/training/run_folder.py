@@ -43,7 +43,7 @@ CHANGEABLE = (
         "tracking.",
     ),
     *("model.checkpointing", "model.vision_checkpointing", "model.offload_activations"),
-    *("train.stop_after", "train.hang_timeout", "train.start_timeout", "faults."),
+    *("train.stop_after", "train.stop_if", "train.hang_timeout", "train.start_timeout", "faults."),
     "debug.profile_steps",
 )
 PACKAGES = (

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from phi3v.training.opening import Run, describe_data, describe_length, dtype_of
 from phi3v.training.optimizer import parameter_groups
 from phi3v.training.results import best_scores, write_results
 from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT
+from phi3v.training.stop_if import reason_to_end
 from phi3v.training.stopping import StopRequests
 from phi3v.training.tracking import Tracker, open_tracker
 from phi3v.training.tracking.sinks import Histogram
@@ -240,13 +241,14 @@ def wait_until_saved(session: Session) -> None:
         session.saver.wait()
 
 
-def stop_here(session: Session, done: Progress) -> None:
-    """Save, and end the run on all ranks together.
+def stop_here(session: Session, done: Progress) -> NoReturn:
+    """Save, and end the run on all ranks together; before its first step there is nothing to save.
 
     Raises: Stopped
     """
-    save(session, done)
-    wait_until_saved(session)
+    if done.step:
+        save(session, done)
+        wait_until_saved(session)
     run = session.run
     reason = session.stop.reason() or "a signal to another rank"
     with session.watchdog.patience():
@@ -254,10 +256,68 @@ def stop_here(session: Session, done: Progress) -> None:
         if run.ranks.is_first:
             session.stop.clear_file()
         zero.leave_together()
-    raise Stopped(
-        f"stopped by {reason} after step {done.step} of {run.total_steps}, which is saved in "
-        f"{run.folder.checkpoints}; the same command goes on"
-    )
+    where = "before the first step"
+    if done.step:
+        saved = f"which is saved in {run.folder.checkpoints}"
+        where = f"after step {done.step} of {run.total_steps}, {saved}"
+    raise Stopped(f"stopped by {reason} {where}; the same command goes on")
+
+
+def evaluate_now(session: Session, done: Progress) -> Evaluation | None:
+    """Evaluate in the middle of a run, and say what was found if `train.stop_if` ends it by that.
+
+    Raises: Stopped if a rank was asked to stop before the evaluation was done, which is then made
+    when the run goes on.
+    """
+    evaluation = run_evaluation(session)
+    if evaluation is None:
+        stop_here(session, done)
+    record(session, evaluation, done)
+    if ends_here(session, done):
+        return evaluation
+    report(session, evaluation, done)
+    return None
+
+
+def catch_up(session: Session, done: Progress) -> Evaluation | None:
+    """Make the evaluation that is due after the steps done, if it is missing; as `evaluate_now`.
+
+    It is that of the base before the first step, or one that the end of a process came before.
+    """
+    run, cfg = session.run, session.run.cfg.eval
+    evaluated = zero.from_first_rank([entry["step"] for entry in evaluations(run)])
+    if cfg.at_start and done.step and 0 not in evaluated and run.ranks.is_first:
+        say(
+            f"eval.at_start comes too late for {run.folder.path}, which has done {done.step} "
+            "steps: ask its base by launch/evaluate.py"
+        )
+    is_due = cfg.at_start if done.step == 0 else is_evaluated(run, done.step)
+    return evaluate_now(session, done) if is_due and done.step not in evaluated else None
+
+
+def is_evaluated(run: Run, step: int) -> bool:
+    """Whether the run is evaluated after a step that is not its last."""
+    cfg = run.cfg.eval
+    return bool(cfg.rows and cfg.every) and step % cfg.every == 0 and step < run.total_steps
+
+
+def ends_here(session: Session, done: Progress) -> bool:
+    """Whether `train.stop_if` ends the run after the steps done; all ranks call."""
+    if session.run.cfg.train.stop_if is None:
+        return False
+    return zero.from_first_rank(reason_to_end_of(session.run, done) is not None)
+
+
+def reason_to_end_of(run: Run, done: Progress) -> str | None:
+    """Why `train.stop_if` ends a run after the steps done, by its evaluations so far."""
+    if done.step == run.total_steps:
+        return None
+    return reason_to_end(evaluations(run), run.cfg.train.stop_if, done.step)
+
+
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl; none on another rank than the first, which writes it."""
+    return run.folder.read_evaluations() if run.ranks.is_first else []
 
 
 def run_evaluation(session: Session) -> Evaluation | None:
@@ -296,17 +356,22 @@ def run_evaluation(session: Session) -> Evaluation | None:
         return None
 
 
-def finish(session: Session, done: Progress) -> None:
+def finish(session: Session, done: Progress, evaluation: Evaluation | None = None) -> None:
     """Save the last checkpoint, evaluate, and write summary and report.
+
+    evaluation  of the last step, if it was made already
 
     Raises: Stopped if a rank was asked to stop before the evaluation was done.
     """
     save(session, done)
-    evaluation = run_evaluation(session) if session.run.cfg.eval.rows else None
+    stopped_by = reason_to_end_of(session.run, done)
     if session.run.cfg.eval.rows and evaluation is None:
-        stop_here(session, done)
+        evaluation = run_evaluation(session)
+        if evaluation is None:
+            stop_here(session, done)
+        record(session, evaluation, done)
     wait_until_saved(session)
-    report(session, evaluation, done, is_finished=True)
+    conclude(session, evaluation, done, stopped_by)
     log_checkpoint(session, done)
 
 
@@ -322,27 +387,46 @@ def log_checkpoint(session: Session, done: Progress) -> None:
     session.tracker.log_checkpoint(done.step, run.folder.checkpoints / name, (which, name))
 
 
-def report(
-    session: Session, evaluation: Evaluation | None, done: Progress, is_finished: bool
-) -> None:
-    """Tell what was found: evaluations.jsonl, sinks, summary.json, predictions, report.html."""
+def record(session: Session, evaluation: Evaluation, done: Progress) -> None:
+    """Write down what an evaluation gave: evaluations.jsonl, scores for the best, sinks."""
     run = session.run
     if not run.ranks.is_first:
         return
-    if evaluation:
-        entry = run.folder.add_evaluation(
-            done.step,
-            loss=evaluation.loss,
-            loss_rows=evaluation.loss_rows,
-            unanswered=evaluation.unanswered,
-            metrics=evaluation.metrics(),
+    entry = run.folder.add_evaluation(
+        done.step,
+        loss=evaluation.loss,
+        loss_rows=evaluation.loss_rows,
+        unanswered=evaluation.unanswered,
+        metrics=evaluation.metrics(),
+    )
+    session.saver.scores.update(best_scores([entry], run.cfg.checkpoint.best))
+    found = evaluation.loss, evaluation.metrics(), evaluation.examples()
+    session.tracker.log_evaluation(done.step, *found)
+
+
+def report(session: Session, evaluation: Evaluation, done: Progress) -> None:
+    """Write what people read of a run that goes on: summary.json, predictions, report.html."""
+    run = session.run
+    if run.ranks.is_first:
+        write_results(run.folder, run.cfg, evaluation, done.step, is_finished=False)
+
+
+def conclude(
+    session: Session, evaluation: Evaluation | None, done: Progress, stopped_by: str | None
+) -> None:
+    """The same of a run that is over, and say how it ended.
+
+    stopped_by  why `train.stop_if` ended it before its last step
+    """
+    run = session.run
+    if not run.ranks.is_first:
+        return
+    session.saver.tidy()  # before the report, which lists what is kept
+    diverged = write_results(run.folder, run.cfg, evaluation, done.step, True, stopped_by)
+    if stopped_by:
+        say(
+            f"train.stop_if ends the run after step {done.step}: {stopped_by}; its learning rates "
+            f"were those of a run of {run.total_steps} steps"
         )
-        session.saver.scores.update(best_scores([entry], run.cfg.checkpoint.best))
-        found = evaluation.loss, evaluation.metrics(), evaluation.examples()
-        session.tracker.log_evaluation(done.step, *found)
-    if is_finished:
-        session.saver.tidy()  # before the report, which lists what is kept
-    diverged = write_results(run.folder, run.cfg, evaluation, done.step, is_finished)
-    if is_finished:
-        how = f"diverged ({diverged})" if diverged else "finished"
-        say(f"{how} after step {done.step}, see {run.folder.path / REPORT}")
+    how = f"diverged ({diverged})" if diverged else "finished"
+    say(f"{how} after step {done.step}, see {run.folder.path / REPORT}")

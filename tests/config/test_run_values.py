@@ -137,6 +137,38 @@ def test_a_wrong_type_or_choice_is_refused(override: str, message: str) -> None:
         ),
         ("optim.min_lr_ratio=2", "optim.min_lr_ratio must be a share from 0 to 1, got 2.0"),
         ("train.max_steps=0", "train.max_steps must be at least 1, got 0"),
+        (
+            "train.stop_if={metric: loss, patience: 0}",
+            "train.stop_if.patience must be at least 1, got 0",
+        ),
+        (
+            "train.stop_if={metric: loss, patience: 1, min_delta: -1}",
+            "train.stop_if.min_delta must be at least 0, got -1.0",
+        ),
+        (
+            "train.stop_if={metric: '', patience: 1}",
+            "train.stop_if.metric must not be empty, got ''",
+        ),
+        (
+            "train.stop_if={metric: loss}",
+            "train.stop_if needs one of train.stop_if.patience, train.stop_if.above and "
+            "train.stop_if.below, got none; to train to the last step set train.stop_if to null",
+        ),
+        (
+            "train.stop_if={metric: loss, above: 3, min_delta: 1}",
+            "train.stop_if.min_delta is 1 without train.stop_if.patience, which it belongs to; set "
+            "patience, or leave it out",
+        ),
+        (
+            "train.stop_if={metric: loss, above: 1, below: 2}",
+            "train.stop_if.above is 1 and train.stop_if.below 2, so that every value ends the run; "
+            "exchange them, or leave one out",
+        ),
+        (
+            "eval={at_start: true, rows: 0}",
+            "eval.at_start is true, but eval.rows is 0, so nothing is evaluated; set eval.rows "
+            "above 0, or eval.at_start to false",
+        ),
         ("eval.split=''", "eval.split must not be empty, got ''"),
         ("eval.metrics=[a, a]", "eval.metrics holds 'a' twice; keep one"),
         ("eval.every=-1", "eval.every must be at least 0, got -1"),

@@ -15,11 +15,11 @@ from phi3v.evaluation.comparison import (
     Comparison,
     check_request,
     compare_models,
-    write_comparison,
 )
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.metrics import Difference, score
 from phi3v.evaluation.outcomes import Outcome
+from phi3v.evaluation.suite import Found, Part, write_found
 from phi3v.evaluation.table import difference_table
 from tests.commands import LAUNCH
 
@@ -146,7 +146,8 @@ def test_the_file_holds_settings_scores_answers_and_differences(
 ) -> None:
     models = {"a": answered(dataset, 10), "b": answered(dataset, 30, loss=None)}
     pairs = compare_models(models, [], SETTINGS)
-    write_comparison(tmp_path / "out.json", models, pairs, ["shards"], SETTINGS)
+    part = Part("", ("shards",), SETTINGS, "the command line")
+    write_found(tmp_path / "out.json", [Found(part, models, pairs)])
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert (found["shards"], found["eval"]["metrics"]) == (["shards"], ["exact_match"])
     assert found["models"]["a"]["metrics"]["exact_match"]["value"] == 0.25

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from phi3v.config.running import EvalSection
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.export import check_step, open_any
+from phi3v.export import check_step, evaluation_settings, open_any
 from tests.commands import LAUNCH, last_line, run
 from tests.export.runs import drawn, move_run
 
@@ -49,6 +50,26 @@ def test_a_step_is_refused_before_a_model_is_opened(
     base, compared = str(tiny_model), {str(tiny_model): None, str(best): 2}
     assert check_step([base], None) == {base: None}
     assert check_step([base, str(best)], "best") == compared, "the base beside its run"
+
+
+def test_code_that_a_run_folder_names_is_run_only_if_the_command_line_names_it_too(
+    made: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may be somebody else's, and the module another one than its author meant."""
+    (tmp_path / "trap.py").write_text("raise SystemExit('the code of another person ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    moved = move_run(made, tiny_model, tmp_path / "run")
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    config["eval"]["metrics"] = ["exact_match", "trap:f"]
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError) as caught:
+        evaluation_settings(moved, ["eval.rows=5"])
+    assert str(caught.value).startswith(f"{moved / 'config.yaml'} has trap:f in eval.metrics, ")
+    assert "add 'eval.metrics=[exact_match, trap:f]', or name other metrics" in str(caught.value)
+    for metrics in (("anls",), ("exact_match", "trap:f")):
+        override = f"eval.metrics=[{', '.join(metrics)}]"
+        assert evaluation_settings(moved, [override]).metrics == metrics
+    assert "trap" not in sys.modules
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from phi3v.data.mixture import open_datasets
 from phi3v.errors import ConfigError, ShardError
 from phi3v.evaluation.metrics import Answer, score
 from phi3v.files import sha256
+from phi3v.functions import find_function
 from phi3v.prepare import prepare
-from phi3v.prepare.convert import converted, find_function
+from phi3v.prepare.convert import converted
 from phi3v.prepare.rows import Row
 from phi3v.prepare.summary import summary
 from phi3v.processing import Phi3VProcessor

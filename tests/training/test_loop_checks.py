@@ -18,7 +18,7 @@ from phi3v.prepare import prepare
 from phi3v.processing.processor import own_settings
 from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD
 from phi3v.training.checkpoints.saving import Progress
-from phi3v.training.loop import train
+from phi3v.training.loop import _is_finished, train
 from phi3v.training.opening import Run, describe_data, describe_length, open_run
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder
@@ -220,6 +220,46 @@ def test_a_best_checkpoint_that_nobody_scores_is_refused(
     cfg = build_recipe(RunConfig, values, Path("demo.yaml"), overrides)
     with pytest.raises(ConfigError, match=what):
         check(cfg, DEEPSPEED)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (
+            ["train.stop_if={metric: speed, patience: 1}"],
+            "train.stop_if.metric is 'speed', which no evaluation gives; take one of loss, exact_",
+        ),
+        (
+            ["train.stop_if={metric: loss, patience: 1}"],
+            "train.stop_if asks for evaluations during training, but eval.every is 0; set it abov",
+        ),
+        (
+            ["train.stop_if={metric: loss, patience: 1}", "eval={rows: 0, every: 2}"],
+            "train.stop_if asks for evaluations during training, but eval.rows is 0; set it above",
+        ),
+    ],
+)
+def test_a_rule_to_stop_by_that_no_evaluation_serves_is_refused(
+    values: dict[str, Any], overrides: list[str], what: str
+) -> None:
+    cfg = build_recipe(RunConfig, values, Path("demo.yaml"), overrides)
+    with pytest.raises(ConfigError, match=what):
+        check(cfg, DEEPSPEED)
+
+
+def test_a_run_that_its_rule_stopped_is_finished_as_long_as_the_rule_is_the_same(
+    values: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = {"metric": "loss", "patience": 2, "min_delta": 0.0, "above": None, "below": None}
+    values["train"] = {"max_steps": 9, "stop_if": {"metric": "loss", "patience": 2}}
+    cfg = finish(values, stopped_by="loss is no better", stop_if=rule)
+    train(cfg, DEEPSPEED, RANKS, StopRequests())
+    told = "3 steps, stopped by train.stop_if: loss is no better (change that key to train on); see"
+    assert told in capsys.readouterr().out
+    for value in ("null", "{metric: loss, patience: 3}"):
+        other = build_recipe(RunConfig, values, Path("demo.yaml"), [f"train.stop_if={value}"])
+        assert not _is_finished(open_run(other, DEEPSPEED, RANKS))
+    assert _is_finished(opened(values, "train.stop_if=null", "train.max_steps=3"))
 
 
 def test_a_finished_run_says_so_and_is_not_started(

@@ -233,6 +233,26 @@ def test_a_step_that_gave_no_number_is_not_the_best() -> None:
     assert best_scores(entries, "anls") == {}
 
 
+def test_the_base_is_not_the_best_step_for_it_is_no_checkpoint() -> None:
+    entries = [{"step": step, "loss": 1.0 + step, "metrics": {}} for step in (0, 4, 8)]
+    assert best_scores(entries, "loss") == {4: -5.0, 8: -9.0}
+
+
+def test_a_run_that_has_evaluated_its_base_alone_has_a_report(
+    run: tuple[RunFolder, RunConfig], tiny_shards: Path
+) -> None:
+    folder, cfg = run
+    folder.cut_metrics(0)
+    told = Outcome(0, "r", "What?", "A hat", "A cat", None, scores={"anls": 0.8})
+    scores = {"anls": Score(0.8, 0.75, 0.85, 1)}
+    evaluation = Evaluation(scores, 2.5, [told], Dataset(tiny_shards, "validation"))
+    folder.add_evaluation(0, loss=2.5, metrics=evaluation.metrics())
+    assert write_results(folder, cfg, evaluation, step=0, is_finished=False) is None
+    found = json.loads((folder.path / "summary.json").read_text())
+    assert (found["steps"], found["stopped_by"], found["is_finished"]) == (0, None, False)
+    assert (folder.path / "report.html").is_file()
+
+
 # --- divergence ---
 
 

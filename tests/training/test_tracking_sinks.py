@@ -154,7 +154,8 @@ def test_an_evaluation_that_is_repeated_after_the_last_step_is_told_once(tmp_pat
 
 def test_a_sink_that_is_new_to_a_run_gets_the_steps_and_scores_before(tmp_path: Path) -> None:
     tracker = begin(tmp_path, 2)
-    tracker.log_again(lambda: [line(1, 1), line(2, 2)], lambda: [SCORED, SCORED | {"step": 4}])
+    scored = [SCORED | {"step": 0}, SCORED, SCORED | {"step": 4}]  # of the base, and to come
+    tracker.log_again(lambda: [line(1, 1), line(2, 2)], lambda: scored)
     tell(tracker, 3)
     tracker.finish()
     expected = [(1, 1.0), (2, 2.0), (3, 3.0)]
@@ -162,7 +163,7 @@ def test_a_sink_that_is_new_to_a_run_gets_the_steps_and_scores_before(tmp_path: 
     assert [(event["step"], event["values"]["loss"]) for event in told] == expected
     shown = board(tmp_path)
     assert curve(shown, "train/loss") == expected
-    assert curve(shown, "eval/loss") == [(2, 2.0)] and not events(tmp_path, "table")
+    assert curve(shown, "eval/loss") == [(0, 2.0), (2, 2.0)] and not events(tmp_path, "table")
 
 
 def test_many_different_lengths_share_bins() -> None:

@@ -1,6 +1,8 @@
 """The names of the metrics: what each says, how it is shown, and which a pattern gives.
 
-`price_mape_unseen` is the kind `mape` of the field `price`, over the rows whose price is new.
+`price_mape_unseen` is the kind `mape` of the field `price`, over the rows whose price is new;
+`json.total.net_accuracy` is of the field total.net of an answer that is JSON; a name with a colon
+is a function of the user's own (own.py).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 
 from phi3v.config.names import nearest
 from phi3v.errors import ConfigError
+from phi3v.evaluation.metrics.own import is_own, takes_prompt
 from phi3v.evaluation.metrics.patterns import Pattern
 
 UNSEEN = "_unseen"
@@ -25,6 +28,7 @@ class Kind:
     is_rate        shown as a percentage
     is_bounded     a mean over rows of values from 0 to 1
     needs_pattern  of a metric of the whole text: whether it asks if the text fits the pattern
+    needs_json     whether every reference must be JSON
     of             types of the fields that have it
     """
 
@@ -33,6 +37,7 @@ class Kind:
     is_bounded: bool = True
     is_lower_better: bool = False
     needs_pattern: bool = False
+    needs_json: bool = False
     of: tuple[type, ...] = ()
 
 
@@ -60,6 +65,15 @@ WHOLE: Mapping[str, Kind] = {
         is_bounded=False,
     ),
     "parse_rate": Kind("answers of the expected form", needs_pattern=True),
+    "json_parse_rate": Kind("answers that are JSON", needs_json=True),
+    "json_field_f1": Kind(
+        "mean F1 of the fields of the answer's JSON that are right, 0 for an answer that is none",
+        needs_json=True,
+    ),
+    "json_field_accuracy": Kind(
+        "mean share of the right JSON's fields that the answer has", needs_json=True
+    ),
+    "json_exact_match": Kind("rows whose whole JSON is the right one", needs_json=True),
     "teacher_forced_price_error": Kind(
         "lower is better: the public walkthrough's price error, for comparison only; it reads a "
         "teacher-forced answer, for which the model saw the true price, one token out of step",
@@ -99,20 +113,45 @@ OF_FIELD: Mapping[str, Kind] = {
     ),
 }
 
+JSON = "json."
+"""Before the dotted path of a field of JSON, in the name of its metric."""
+OF_JSON = Kind("rows whose JSON is right in FIELD, of those that have one", needs_json=True)
+OWN = Kind("mean of FIELD, a function of the recipe's author, from 0 to 1")
+
+Subject = tuple[str | None, bool]
+"""What is new in a row, or most frequent: a field and whether it is of JSON; None: all of it."""
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's name taken apart: `price_mape_unseen` is Metric("mape", "price", True)."""
+    """A metric's name taken apart: `price_mape_unseen` is Metric("mape", "price", True).
+
+    kind   of the user's own, module:function
+    field  of the pattern, or if `is_json` the path of a field of JSON; None: the whole text
+    """
 
     kind: str
     field: str | None = None
     is_unseen: bool = False
+    is_json: bool = False
+
+    @property
+    def subject(self) -> Subject:
+        return self.field, self.is_json
+
+    @property
+    def needs_json(self) -> bool:
+        """Whether every reference must be JSON."""
+        return self.is_json or (
+            self.field is None and self.kind in WHOLE and WHOLE[self.kind].needs_json
+        )
 
 
 def describe(name: str) -> str:
     """Say in one sentence what a metric is; "" for a name that is none."""
     kind, field = _kind_of(name)
-    text = kind.text.replace("FIELD", field.replace("_", " ")) if kind else ""
+    words = field.replace("_", " ") if kind and kind.of else field
+    text = kind.text.replace("FIELD", words) if kind else ""
     return f"{text}; only values that never occur in training" if name.endswith(UNSEEN) else text
 
 
@@ -144,18 +183,41 @@ def is_lower_better(name: str) -> bool:
 def find_metrics(names: Sequence[str], pattern: Pattern | None) -> list[Metric]:
     """Look up metric names; call it before a run starts to refuse a wrong name early.
 
+    The modules of the user's own metrics are imported: name only what the user has named.
+
     Raises: ConfigError naming the metric and what to write instead.
     """
     known = _known_metrics(pattern)
+    found = []
     for name in names:
-        if name not in known:
+        metric = known.get(name) or _open_ended(name)
+        if metric is None:
             raise ConfigError(f"eval.metrics has '{name}', {_fault(name, known, pattern)}")
+        if is_own(metric.kind):
+            takes_prompt(metric.kind)
+        found.append(metric)
     for name in sorted(controls(names)):
         raise ConfigError(
             f"eval.metrics has '{name}', which is also the name of a control of another of "
             "eval.metrics; name the field otherwise in eval.pattern, or leave one out"
         )
-    return [known[name] for name in names]
+    return found
+
+
+def _open_ended(name: str) -> Metric | None:
+    """A metric of the user's own or of a field of JSON; None for another name."""
+    stem, is_unseen = name.removesuffix(UNSEEN), name.endswith(UNSEEN)
+    if is_own(stem):
+        return Metric(stem, None, is_unseen)
+    path = _json_path(stem)
+    return Metric("accuracy", path, is_unseen, is_json=True) if path else None
+
+
+def _json_path(stem: str) -> str | None:
+    """ "total.net" of "json.total.net_accuracy"; None of another name, and of no path."""
+    if not (stem.startswith(JSON) and stem.endswith("_accuracy")):
+        return None
+    return stem.removeprefix(JSON).removesuffix("_accuracy") or None
 
 
 def _kind_of(name: str) -> tuple[Kind | None, str]:
@@ -163,6 +225,10 @@ def _kind_of(name: str) -> tuple[Kind | None, str]:
     stem = name.removeprefix(BLIND).removeprefix(CONSTANT).removesuffix(UNSEEN)
     if whole := WHOLE.get(stem):
         return whole, ""
+    if is_own(stem):
+        return OWN, stem
+    if path := _json_path(stem):
+        return OF_JSON, path
     for end, kind in OF_FIELD.items():
         if stem.endswith(f"_{end}"):
             return kind, stem.removesuffix(f"_{end}")

@@ -1,15 +1,16 @@
 """From answers to scores: each metric over all rows with its interval, and row by row."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import numpy as np
 
-from phi3v.evaluation.metrics import fields, text
+from phi3v.evaluation.metrics import fields, structured, text
 from phi3v.evaluation.metrics.answers import Answer, Row, read_rows
 from phi3v.evaluation.metrics.bleu import bleu_of, row_counts
 from phi3v.evaluation.metrics.intervals import LIMITS, UNIT, Score, interval, resample
-from phi3v.evaluation.metrics.names import UNSEEN, Metric, find_metrics, is_bounded
-from phi3v.evaluation.metrics.patterns import Fields, Pattern
+from phi3v.evaluation.metrics.names import UNSEEN, Metric, Subject, find_metrics, is_bounded
+from phi3v.evaluation.metrics.own import is_own, own_value
+from phi3v.evaluation.metrics.patterns import Pattern
 from phi3v.evaluation.metrics.vqa import vqa_accuracy
 
 OF_TEXT: dict[str, Callable[[str, str], float]] = {
@@ -18,6 +19,10 @@ OF_TEXT: dict[str, Callable[[str, str], float]] = {
     "anls": text.anls,
     "relaxed_accuracy": text.relaxed_accuracy,
     "rouge_l": text.rouge_l,
+    "json_parse_rate": structured.parse_rate,
+    "json_field_f1": structured.field_f1,
+    "json_field_accuracy": structured.field_accuracy,
+    "json_exact_match": structured.exact_match,
 }
 OF_FIELD: dict[str, Callable[[fields.Value, fields.Value | None], float | None]] = {
     "accuracy": fields.accuracy,
@@ -46,8 +51,8 @@ def score(
     the pattern has no field values. A row that has no value is left out: `n` is the number of rows
     counted.
 
-    Raises: ConfigError for an unknown metric, for no answers, and for a reference that does not
-    fit the pattern.
+    Raises: ConfigError for an unknown metric, for no answers, for a reference that does not fit the
+    pattern or is no JSON where a metric asks for it, and for what a metric of the user's own gives.
     """
     columns = value_columns(metrics, answers, pattern, train_references)
     return {
@@ -86,10 +91,9 @@ def value_columns(
 ) -> dict[str, Values]:
     """Compute each metric of each answer. Raises as `score`."""
     chosen = find_metrics(names, pattern)
-    rows = read_rows(answers, pattern)
-    seen = [(text.strip(), pattern.parse(text) if pattern else None) for text in train_references]
+    rows = read_rows(answers, pattern, any(metric.needs_json for metric in chosen))
     return {
-        name: _only_unseen(metric, rows, _values(metric, rows), seen)
+        name: _only_unseen(metric, rows, _values(metric, rows), pattern, train_references)
         if metric.is_unseen
         else _values(metric, rows)
         for name, metric in zip(names, chosen, strict=True)
@@ -115,21 +119,31 @@ def corpus_bleu(answers: Sequence[Answer], seed: int = 0) -> Score:
     return Score(bleu_of(total), float(low), float(high), len(answers))
 
 
+def content(subject: Subject, text: str, pattern: Pattern | None) -> Hashable:
+    """What a text holds that a metric is about, a field or all of it; None if it has no such field.
+
+    Equal for two texts that say the same of it.
+    """
+    field, is_json = subject
+    if field is None:
+        return text.strip()
+    if is_json:
+        return structured.path_values(text, field)
+    parts = pattern.parse(text) if pattern else None
+    return None if parts is None else parts[field]
+
+
 def _only_unseen(
-    metric: Metric, rows: Sequence[Row], values: Values, seen: Sequence[tuple[str, Fields | None]]
+    metric: Metric,
+    rows: Sequence[Row],
+    values: Values,
+    pattern: Pattern | None,
+    train_references: Collection[str],
 ) -> Values:
     """Take the values away from rows whose field, or whole text, is in a training answer."""
-    old = {_content(metric.field, text, parts) for text, parts in seen}
-    contents = (_content(metric.field, row.answer.reference.strip(), row.truth) for row in rows)
-    return [
-        None if content in old else value for content, value in zip(contents, values, strict=True)
-    ]
-
-
-def _content(field: str | None, text: str, parts: Fields | None) -> str | float | None:
-    if field is None:
-        return text
-    return None if parts is None else parts[field]
+    old = {content(metric.subject, text, pattern) for text in train_references}
+    contents = (content(metric.subject, row.answer.reference, pattern) for row in rows)
+    return [None if held in old else value for held, value in zip(contents, values, strict=True)]
 
 
 def _values(metric: Metric, rows: Sequence[Row]) -> Values:
@@ -140,6 +154,10 @@ def _values(metric: Metric, rows: Sequence[Row]) -> Values:
 
 def _value(metric: Metric, row: Row) -> float | None:
     """Return the metric of one row; None where it has none."""
+    if is_own(metric.kind):
+        return own_value(metric.kind, row.answer)
+    if metric.is_json:
+        return _json_value(metric, row.answer)
     if metric.field is not None:
         assert row.truth is not None
         guess = None if row.guess is None else row.guess[metric.field]
@@ -153,6 +171,16 @@ def _value(metric: Metric, row: Row) -> float | None:
         return vqa_accuracy(answer.prediction, answer.accepted)
     of_text = OF_TEXT[metric.kind]
     return max(of_text(answer.prediction, accepted) for accepted in answer.accepted)
+
+
+def _json_value(metric: Metric, answer: Answer) -> float | None:
+    """Whether a field of JSON is right, by the best of the accepted answers that have it."""
+    assert metric.field is not None
+    values = [
+        structured.path_accuracy(answer.prediction, accepted, metric.field)
+        for accepted in answer.accepted
+    ]
+    return max((value for value in values if value is not None), default=None)
 
 
 def _price_error(answer: Answer) -> float | None:

@@ -5,10 +5,11 @@ An answer is fully right if three of the nine others said it, whichever of the t
     accuracy = mean over the people of min(1, others with this answer / 3)
 
 Both sides are made alike first: lower case, no articles, number words as digits, no punctuation
-but within numbers, apostrophes of contractions put back.
+but within numbers, an apostrophe that a contraction lacks put back.
 
-Source: Antol et al., VQA: Visual Question Answering, ICCV 2015, section 5; normalisation: that
-of the challenge's evaluation page and script (vqaEval.py).
+Source: Antol et al., VQA: Visual Question Answering, ICCV 2015, section 5; normalisation, with its
+words: that of the challenge's evaluation page and script (vqaEval.py). The script leaves it out
+where all ten people said the same letter by letter; the page does not say so, and here it is done.
 """
 
 import re
@@ -20,15 +21,28 @@ ARTICLES = {"a", "an", "the"}
 _WORDS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_WORDS)}
 _APOSTROPHES = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's "
-    "how'd how'll how's i'd've i'm i've isn't it'd it'll let's ma'am might've mightn't must've "
-    "mustn't needn't not've o'clock oughtn't shan't she'd've should've shouldn't somebody'll "
-    "somebody's someone'll someone's something'll that'd that's there'd there're there's they'd "
-    "they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's "
-    "where'd where's where've who'd who'll who's who've why'll why're why's won't would've "
-    "wouldn't y'all you'd you'll you're you've"
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
+    "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't "
+    "mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've "
+    "should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've "
+    "someone'll someone's something'd something'd've something'll that's there'd there'd've "
+    "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't "
+    "what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's "
+    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've "
+    "you'd you'd've you'll you're you've"
 ).split()
-CONTRACTIONS = {word.replace("'", ""): word for word in _APOSTROPHES}
+
+
+def _contractions() -> dict[str, str]:
+    """Each word by how it is written with one apostrophe missing: hadnt've and hadn'tve."""
+    found = {"somebody'd": "somebodyd"}  # the one that the challenge writes without
+    for word in _APOSTROPHES:
+        places = (place for place, letter in enumerate(word) if letter == "'")
+        found |= {word[:place] + word[place + 1 :]: word for place in places}
+    return found
+
+
+CONTRACTIONS = _contractions()
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_COMMA = re.compile(r"\d,\d")
 _LOOSE_PERIOD = re.compile(r"\.(?!\d)")

@@ -65,8 +65,9 @@ class Tracker:
         if not self._sinks:
             return
         evaluations = {entry["step"]: entry for entry in read_evaluations()}
-        for line in read_steps():
-            self.log_step(line)
+        for line in ({"step": 0}, *read_steps()):  # the base was evaluated before any step
+            if line["step"]:
+                self.log_step(line)
             if entry := evaluations.get(line["step"]):
                 self.log_evaluation(entry["step"], entry["loss"], entry["metrics"], ())
 
