@@ -29,8 +29,9 @@ class Sample:
 
     input_ids  int32 (T,); image k fills its positions with -k
     labels     int32 (T,); -100 elsewhere than on the assistants' texts and their <|end|>
-    meta       prompt_length (tokens before the last answer), reference (its text), source, row,
-               and references (all accepted texts) where the source names them
+    meta       prompt_length (tokens before the last answer that is trained), reference (its text),
+               trained_answers (of each answer whether its row asks to train it; not in shards of
+               before), source, row, and references (all accepted texts) where the source names them
     """
 
     id: str

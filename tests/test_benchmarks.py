@@ -36,6 +36,7 @@ SMALL = {
     "step.py": ["--models", "tiny", "--samples=8", "--repeats=1"],
     "collectives.py": ["--width=192"],
     "intervals.py": ["--samples=20"],
+    "spikes.py": ["--steps=160"],
     "gpu.py": ["--toy", "--steps=1"],
 }
 PIECES = {"timing.py", "mixture.py", "padded.py", "fullsize.py"} | {
@@ -255,6 +256,17 @@ def test_the_intervals_of_rates_hold_what_they_say() -> None:
     rates = lines_of("intervals.py")[1]
     held = [float(share) for share in re.findall(r"([\d.]+)%", rates)]
     assert rates.startswith("rates, least: n=6 ") and min(held) >= 95
+
+
+def test_the_limit_of_spikes_stands_beside_that_of_before() -> None:
+    """Without heavy tails 8 deviations skip no healthy step, and find more than before."""
+    lines = [line.split() for line in lines_of("spikes.py")[3:]]
+    cases = [line[: -3 * 4] for line in lines]
+    assert len(cases) == 32 and [case[-1] for case in cases[:2]] == ["before", "now"]
+    for before, now in zip(lines[:16:2], lines[1:16:2], strict=True):
+        assert before[:-13] == now[:-13] and float(now[-6]) == 0
+    found = [sum(float(line[-4].rstrip("%")) for line in lines[k:16:2]) for k in (0, 1)]
+    assert found[0] < found[1]
 
 
 def test_packing_is_compared_with_padding_and_with_chance() -> None:

@@ -164,8 +164,8 @@ class CheckpointSection:
 @dataclass(frozen=True, kw_only=True)
 class FaultsSection:
     spike: float | None = None
-    """A step whose loss is more than so many robust deviations above the median of those before it
-    is skipped; default: only steps without a finite loss and gradient are."""
+    """A step whose loss is more than so many robust deviations above where those before it lead is
+    skipped, 8 is a good choice; default: only steps without a finite loss and gradient are."""
 
     rollback_after: int = 3
     """Steps skipped in a row after which the run goes back to the last checkpoint before them, and

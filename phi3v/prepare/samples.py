@@ -78,10 +78,11 @@ class SampleBuilder:
             traits.update(pixels.traits)
         assert tuple(self.processor.canvas_tokens(c) for c in canvases) == tokens.of_images
         opened = np.flatnonzero(tokens.input_ids == self.assistant_id)
-        last = conversation.last_trained
+        last, answers = conversation.last_trained, _answers(conversation)
         meta: dict[str, Any] = {
-            "prompt_length": int(opened[_answers(conversation).index(last)]) + 1,
+            "prompt_length": int(opened[answers.index(last)]) + 1,
             "reference": conversation.messages[last]["content"],
+            "trained_answers": [answer not in conversation.untrained for answer in answers],
         }
         if conversation.references:
             meta["references"] = list(conversation.references)

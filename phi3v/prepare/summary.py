@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3v.data.audit import SUSPICIONS
+from phi3v.data.audit import SUSPICIONS, answers_of, describe_answers
 from phi3v.data.format import REJECTED
 from phi3v.prepare.templates import FIELD
 
@@ -18,6 +18,9 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             f"{folder} {name}: {split['samples']:,} samples, {split['tokens']:,} tokens, "
             f"{split['audit']['label_share']:.1%} of them trained, {_disk(size)}"
         )
+        answers = answers_of(split["audit"])
+        if answers["excluded"] or answers["unrecorded_samples"]:
+            yield f"  {describe_answers(answers)}"
         for kind, found in split["audit"]["suspicious"].items():
             examples = ", ".join(found["examples"])
             yield f"  look at {found['count']:,} samples: {SUSPICIONS[kind]}, such as {examples}"

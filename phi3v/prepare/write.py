@@ -29,7 +29,10 @@ Made = tuple[Sample, Counter[str]]
 
 
 def write_shard(inputs: Inputs, shard: Shard) -> Done:
-    """Write a shard, its part of the index, its audit and the rows that it had to reject."""
+    """Write a shard, its part of the index, its audit and the rows that it had to reject.
+
+    Raises: ShardError naming a sample whose labels are not those that its row asks for.
+    """
     builder = inputs.parts[0].builder
     path = inputs.work.path / f"{shard.name}.arrow"
     codec = Codec(inputs.cfg.pixels.codec, inputs.cfg.pixels.quality)
@@ -43,7 +46,8 @@ def write_shard(inputs: Inputs, shard: Shard) -> Done:
             continue
         sample, traits = made
         writer.add(sample, times)
-        audit.add(sample.id, sample.input_ids, sample.labels, times)
+        asked = sample.meta["trained_answers"]
+        audit.add(sample.id, sample.input_ids, sample.labels, asked, times)
         audit.add_pictures(len(sample.images), traits, times)
         samples, images = samples + 1, images + len(sample.images)
     entry = writer.finish() if samples else None

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from phi3v.data.audit import SUSPICIONS
+from phi3v.data.audit import SUSPICIONS, describe_answers
 from phi3v.data.format import PREPARE_AGAIN, REJECTED
 from phi3v.errors import ShardError
 
@@ -25,7 +25,8 @@ def audit_section(audit: Mapping[str, Any]) -> str:
     )
     return (
         f'<section id="audit"><h2>Label audit</h2><p class="note">{audit["samples"]:,} samples, '
-        f"{100 * audit['label_share']:.1f}% of their tokens trained. {verdict}</p>"
+        f"{100 * audit['label_share']:.1f}% of their tokens trained; "
+        f"{describe_answers(audit['answers'])}. {verdict}</p>"
         '<table class="list"><thead><tr><th>looked for</th><th class="number">samples</th>'
         f"<th>{'such as' if count else ''}</th></tr></thead><tbody>{rows}</tbody></table>"
         f'<div class="charts">{_extremes("Longest samples", audit["longest"])}'

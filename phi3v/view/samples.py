@@ -138,6 +138,8 @@ def provenance(sample: Sample) -> dict[str, str]:
     places = [str(sample.meta[key]) for key in PLACE[:1] if key in sample.meta]
     places += [f"row {sample.meta[key] + 1}" for key in PLACE[1:] if key in sample.meta]  # from 1
     others = {key: value for key, value in sample.meta.items() if key not in SHOWN_ELSEWHERE}
+    if all(others.get("trained_answers", ())):
+        others.pop("trained_answers", None)  # as nearly everywhere
     return {
         "source": ", ".join(places) or NOT_RECORDED,
         **{name: json.dumps(value, ensure_ascii=False) for name, value in others.items()},

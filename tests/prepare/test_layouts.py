@@ -3,10 +3,12 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -25,7 +27,8 @@ from phi3v.prepare.convert import converted
 from phi3v.prepare.rows import Row
 from phi3v.prepare.summary import summary
 from phi3v.processing import Phi3VProcessor
-from phi3v.sample import Sample
+from phi3v.processing.prompt import label
+from phi3v.sample import IGNORED, Sample
 from tests.commands import ROOT
 from tests.tiny import recipe, turn, write_jsonl, write_picture
 
@@ -384,4 +387,39 @@ def test_a_turn_that_is_not_trained_has_no_labels(tmp_path: Path, tiny_model: Pa
         assert str(tokenizer.decode(following.tolist())).startswith("Final.<|end|>")
     reason = "no token is trained"
     assert manifest["rejected"]["by_reason"] == {reason: 1}
-    assert manifest["splits"]["train"]["audit"]["suspicious"] == {}
+    audit = manifest["splits"]["train"]["audit"]
+    assert audit["suspicious"] == {}
+    assert audit["answers"] == {"trained": 2, "excluded": 2, "unrecorded_samples": 0}
+    said = list(summary(tmp_path / "out", manifest))
+    assert said[1] == "  2 answers trained, 2 excluded by their rows"
+    del audit["answers"]  # as a dataset of before
+    said = list(summary(tmp_path / "out", manifest))
+    assert said[1] == "  of 2 samples it is not recorded which answers their rows exclude"
+
+
+def test_a_sample_that_trains_other_answers_than_its_row_asks_for_stops_preparing(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels that are made wrongly: of one answer too few, and then of one too many."""
+    row = turn("Hi", "One.", id="here")
+    row["messages"] += turn("Again", "Two.")["messages"]
+
+    def too_few(ids: Sequence[int], assistant_id: int, end_id: int) -> np.ndarray:
+        labels = label(ids, assistant_id, end_id)
+        labels[np.cumsum(np.asarray(ids) == assistant_id) == 2] = IGNORED
+        return labels
+
+    faults = [
+        (1, "phi3v.prepare.samples.label", too_few, "its row asks to train an answer, "),
+        (0, "phi3v.prepare.samples.SampleBuilder._leave_untrained", lambda *_: None, "tokens "),
+    ]
+    for weight, name, wrong, fault in faults:
+        row["messages"][1]["weight"] = weight
+        path = write_jsonl(tmp_path / f"{weight}.jsonl", [turn("Hi", "Ho"), row])
+        cfg = recipe(tiny_model, tmp_path / f"out{weight}", {"path": str(path)}, max_rejected=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(name, wrong)
+            with pytest.raises(ShardError, match=f"^sample 'here' has wrong labels: {fault}"):
+                prepare(cfg)
+        assert not Path(cfg.out).exists()
+        assert prepare(cfg)["splits"]["train"]["audit"]["suspicious"] == {}

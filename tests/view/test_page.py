@@ -128,6 +128,24 @@ def test_suspicious_masks_are_named_with_their_samples() -> None:
     assert "1,234<x>, y" in page.text
 
 
+def test_answers_that_rows_exclude_are_counted_in_words_and_shown_at_their_sample(
+    view: View, tmp_path: Path, tiny_model: Path
+) -> None:
+    row = turn("Hi", "Draft.")
+    row["messages"] += turn("Again", "Final.")["messages"]
+    row["messages"][1]["train"] = False
+    path = write_jsonl(tmp_path / "rows.jsonl", [row, turn("Hi", "Ho")])
+    prepare(recipe(tiny_model, tmp_path / "shards", {"path": str(path)}))
+    text = view(tmp_path / "shards").text
+    assert "2 answers trained, 1 excluded by their rows. No mask looks wrong." in text
+    assert text.count("trained_answers") == 1 and "trained_answers[false, true]" in text
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text(encoding="utf-8"))
+    splits = manifest["splits"]
+    del splits["train"]["audit"]["answers"]  # as in a dataset of before
+    text = view(edited(tmp_path / "shards", tmp_path / "before", splits=splits)).text
+    assert "of 2 samples it is not recorded which answers their rows exclude. No mask" in text
+
+
 def test_the_audit_is_the_manifests_where_it_has_one(
     view: View, shards: Path, tmp_path: Path
 ) -> None:
