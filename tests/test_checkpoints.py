@@ -13,14 +13,17 @@ from phi3v.errors import CheckpointError
 from phi3v.files import sha256
 from phi3v.training.checkpoints import listing
 from phi3v.training.checkpoints.store import (
+    MADE_FROM,
     SavedFile,
     find_damage,
     partial_name,
     publish,
+    read_manifest,
     retain,
     write_manifest,
 )
 from tests.commands import LAUNCH, last_line, run
+from tests.training.saved import flip, save_universal
 
 COMMAND = LAUNCH / "checkpoints.py"
 
@@ -40,7 +43,7 @@ def trained(tmp_path: Path) -> Path:
             "position": {"epoch": 1, "window": 2},
             "saved_at": "2031-02-03T04:05:06.789+00:00",
         }
-        write_manifest(partial, facts, {"a.pt": SavedFile(1_000_000, sha256(partial / "a.pt"))})
+        write_manifest(partial, facts, {"a.pt": SavedFile.of(partial / "a.pt")})
         publish(folder, step)
     retain(folder, 3, 0, {5: 1.0})
     return tmp_path / "run"
@@ -109,8 +112,8 @@ def test_every_byte_is_verified_and_a_damaged_one_ends_in_exit_code_2(trained: P
     assert lines[::2] == ["step-00000005: whole", "step-00000015: whole"]
     assert lines[1].startswith("step-00000010: damaged: a.pt has SHA-256 ")
     assert last_line(done, "CheckpointError") == (
-        f"CheckpointError: 1 of 3 checkpoints in {folder} are damaged; a run passes over them, "
-        "bring the files back from a copy or remove the folders"
+        f"CheckpointError: 1 of 3 checkpoints in {folder} are damaged; a run passes over them (a "
+        ".universal one it makes again), bring the files back from a copy or remove the folders"
     )
     assert len(done.stderr.splitlines()) == 1
 
@@ -126,6 +129,36 @@ def test_whole_checkpoints_are_verified_one_or_all(
     assert capsys.readouterr().out.splitlines() == lines[1:2]
     with pytest.raises(CheckpointError, match="^1 of 1 checkpoints in .* are damaged"):
         command("verify", trained, "--step", 15)
+
+
+def test_a_form_for_any_number_of_ranks_is_listed_and_verified_after_its_checkpoint(
+    trained: Path, command: Callable[..., None], capsys: Capture
+) -> None:
+    universal = save_universal(trained / "checkpoints", 10)
+    command("list", trained)
+    rows = [line.split(maxsplit=5) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["5", "10", "10", "15"]
+    assert rows[2][1:] == ["2031-02-03T04:05:07", "any", "3", "0.000", "whole by sizes"]
+    command("verify", trained)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["step-00000010: whole", ".step-00000010.universal: whole"]
+    flip(universal / "fp32.pt")
+    with pytest.raises(CheckpointError, match="^1 of 2 checkpoints in .* are damaged"):
+        command("verify", trained, "--step", 10)
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith(".step-00000010.universal: damaged: fp32.pt has SHA-256 ")
+
+
+def test_a_form_of_another_checkpoint_is_listed_as_of_no_use(
+    trained: Path, command: Callable[..., None], capsys: Capture
+) -> None:
+    universal = save_universal(trained / "checkpoints", 10)
+    facts = read_manifest(universal) | {MADE_FROM: "ab" * 32}
+    files = {name: SavedFile(**file) for name, file in facts.pop("files").items()}
+    write_manifest(universal, facts, files)
+    command("list", trained, "--step", 10)
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row.endswith("damaged: it was made from another step-00000010 than this one")
 
 
 def test_one_that_its_run_removes_while_it_is_read_is_no_damage(

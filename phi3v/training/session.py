@@ -22,7 +22,7 @@ from phi3v.evaluation.generation import Generator
 from phi3v.model import Phi3VForCausalLM
 from phi3v.progress import progress
 from phi3v.training import zero
-from phi3v.training.checkpoints.resuming import choose, restore
+from phi3v.training.checkpoints.resuming import Choice, choose, restore
 from phi3v.training.checkpoints.saving import Progress, Saver
 from phi3v.training.checkpoints.store import BEST, LATEST, read_pointer
 from phi3v.training.console import say
@@ -73,20 +73,27 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
         folder.write_origin(cfg, run.ds, data, ranks.world_size, asdict(run.execution))
         forget_later_steps(run, done, before)
     tracker = start_tracker(run, done.step, before.get("wandb_id"))
+    saver = open_saver(run, engine, choice, watchdog.beat)
+    watchdog.beat()
+    return Session(run, engine, saver, tracker, stop, watchdog), done
+
+
+def open_saver(run: Run, engine: Any, choice: Choice | None, beat: Callable[[], None]) -> Saver:
+    """What saves the run: it knows what is saved already, and how good the steps before were."""
+    cfg = run.cfg.checkpoint
     saver = Saver(
         engine,
-        folder.checkpoints,
-        cfg.checkpoint,
-        ranks,
+        run.folder.checkpoints,
+        cfg,
+        run.ranks,
         run.facts(),
         device=run.device,
         offloaded=run.ds.offloads_optimizer,
-        beat=watchdog.beat,
+        beat=beat,
     )
     saver.saved_step = choice.step if choice else None
-    saver.scores.update(best_scores(folder.read_evaluations(), cfg.checkpoint.best))
-    watchdog.beat()
-    return Session(run, engine, saver, tracker, stop, watchdog), done
+    saver.scores.update(best_scores(run.folder.read_evaluations(), cfg.best))
+    return saver
 
 
 def seed(cfg: RunConfig) -> None:

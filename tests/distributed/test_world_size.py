@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from phi3v.config import default_deepspeed
+from phi3v.training.checkpoints.store import SavedFile, write_manifest
 from tests.commands import BIN, ROOT, metrics, plain, python, run, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -112,8 +113,10 @@ def test_a_failed_conversion_names_the_checkpoint_and_leaves_nothing(tmp_path: P
     )
     checkpoint = tmp_path / "step-00000004"
     checkpoint.mkdir()
-    (checkpoint / "manifest.json").write_text("{}")
-    (checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"cut off")
+    share = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    share.write_bytes(b"cut off")
+    facts = {"step": 4, "world_size": 1, "zero_stage": 3}
+    write_manifest(checkpoint, facts, {share.name: SavedFile.of(share)})
     (tmp_path / ".step-00000004.universal.partial").mkdir()
     done = run(BIN / "python", "-c", script, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 2, done.stderr

@@ -105,10 +105,19 @@ def train(engine: Any, ds: Any, ranks: Ranks) -> list[float]:
 def save(engine: Any, path: Path, name: str, ranks: Ranks) -> None:
     import torch
 
+    from phi3v.training.checkpoints.store import SavedFile, write_manifest
+
     folder = path.with_suffix("")
     engine.save_checkpoint(str(folder), tag=name, save_latest=False)
     if ranks.is_first:
-        (folder / name / "manifest.json").write_text(json.dumps({"name": name}))
+        step = {SAVED: 3, AGAIN: 4}[name]
+        facts = {
+            "step": step,
+            "world_size": ranks.world_size,
+            "zero_stage": engine.zero_optimization_stage(),
+        }
+        files = {path.name: SavedFile.of(path) for path in (folder / name).iterdir()}
+        write_manifest(folder / name, facts, files)
     torch.distributed.barrier()
 
 

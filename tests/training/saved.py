@@ -5,10 +5,13 @@ from typing import Any
 
 from phi3v.files import sha256
 from phi3v.training.checkpoints.store import (
+    MADE_FROM,
+    MANIFEST,
     SavedFile,
     partial_name,
     publish,
     step_name,
+    universal_name,
     write_manifest,
 )
 
@@ -25,7 +28,7 @@ def save_partial(folder: Path, step: int, content: str = "", **facts: Any) -> Pa
     files = {}
     for number, name in enumerate(FILES):
         (partial / name).write_bytes(f"{content}{number}{step}".encode() * 40)
-        files[name] = SavedFile((partial / name).stat().st_size, sha256(partial / name))
+        files[name] = SavedFile.of(partial / name)
     write_manifest(partial, {"step": step, **facts}, files)
     return partial
 
@@ -36,6 +39,17 @@ def save(folder: Path, *steps: int, content: str = "") -> Path:
         save_partial(folder, step, content)
         publish(folder, step)
     return folder / step_name(steps[-1])
+
+
+def save_universal(folder: Path, step: int) -> Path:
+    """The form for any number of ranks of a published checkpoint."""
+    universal = folder / universal_name(step)
+    universal.mkdir()
+    (universal / "fp32.pt").write_bytes(b"whole" * 40)
+    facts = {"step": step, "world_size": "any", "zero_stage": 3, "saved_at": "2031-02-03T04:05:07"}
+    facts[MADE_FROM] = sha256(folder / step_name(step) / MANIFEST)
+    write_manifest(universal, facts, {"fp32.pt": SavedFile.of(universal / "fp32.pt")})
+    return universal
 
 
 def names(folder: Path) -> list[str]:

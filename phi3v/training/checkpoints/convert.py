@@ -7,6 +7,9 @@ number of ranks. Its universal form holds every trained parameter whole, as
     convert(checkpoint, target)    # the first rank, before the engine is built
     load(engine, target)           # all ranks
 
+It is a folder like a checkpoint: written under another name, with a manifest of the size and digest
+of every file, which also says of which checkpoint it is, so `store.find_damage` judges both.
+
 Masters, moments, step counts and weights are then those that were saved, bit for bit. Frozen
 parameters are not read from it: they stay what the engine's model was built with.
 
@@ -28,6 +31,7 @@ import io
 import shutil
 import sys
 from argparse import Namespace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +39,30 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from phi3v.errors import CheckpointError
-from phi3v.files import publish
-from phi3v.training.checkpoints.store import MANIFEST
+from phi3v.files import publish, sha256
+from phi3v.training.checkpoints.store import (
+    MADE_FROM,
+    MANIFEST,
+    SavedFile,
+    read_manifest,
+    remove_universal,
+    write_manifest,
+)
 
 
 def convert(checkpoint: Path, target: Path) -> None:
-    """Make `target` the universal form of a checkpoint; return at once where it is that already.
+    """Make `target` the universal form of a checkpoint; one that stands there goes first.
 
     For the first rank alone. While it is made it is `TARGET.partial`, which a kill leaves behind
     and the next call removes. Takes the memory of one rank's share, twice the checkpoint's bytes
-    on the disk while it works, and once its bytes afterwards.
+    on the disk while it works, and once its bytes afterwards; what was written is read once more,
+    for the digests.
 
     Raises: CheckpointError naming the checkpoint and what DeepSpeed stumbled over.
     """
-    if _is_made_from(checkpoint, target):
-        return
-    ranks = len(list(checkpoint.glob("*_optim_states.pt")))
-    size = sum(path.stat().st_size for path in checkpoint.iterdir()) / 1e9
+    manifest = read_manifest(checkpoint)
+    ranks = manifest["world_size"]
+    size = sum(file["bytes"] for file in manifest["files"].values()) / 1e9
     print(
         f"converting {checkpoint.name} from {ranks} ranks to any number: {size:.1f} GB, done once",
         file=sys.stderr,
@@ -59,9 +70,17 @@ def convert(checkpoint: Path, target: Path) -> None:
     )
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    remove_universal(target.parent, manifest["step"])
+    facts = {
+        "step": manifest["step"],
+        "world_size": "any",
+        "zero_stage": manifest["zero_stage"],
+        MADE_FROM: sha256(checkpoint / MANIFEST),
+        "saved_at": datetime.now(timezone.utc).isoformat(),
+    }
     try:
         _convert(checkpoint, partial / target.name)
-        shutil.copy2(checkpoint / MANIFEST, partial / target.name)
+        write_manifest(partial / target.name, facts, _digests(partial / target.name))
         publish(partial / target.name, target)
     except Exception as error:
         raise CheckpointError(
@@ -84,13 +103,10 @@ def load(engine: Any, target: Path) -> None:
             state["step"] = state["step"].clone()
 
 
-def _is_made_from(checkpoint: Path, target: Path) -> bool:
-    """Whether a universal form is that of this very checkpoint, not of an earlier one of its step.
-
-    The manifest, copied last, names the digest of every file of the checkpoint.
-    """
-    made = target / MANIFEST
-    return made.is_file() and made.read_bytes() == (checkpoint / MANIFEST).read_bytes()
+def _digests(folder: Path) -> dict[str, SavedFile]:
+    """Size and digest of every file below a folder, by path relative to it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): SavedFile.of(path) for path in files}
 
 
 def _convert(checkpoint: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from phi3v.training.checkpoints.store import (
     read_pointer,
     select_steps,
     step_name,
+    universal_name,
 )
 from phi3v.training.run_folder import RunFolder
 
@@ -23,13 +24,14 @@ COLUMNS = "{:>10}  {:<19}  {:>5}  {:>4}  {:>10}  {}"
 def list_checkpoints(run: Path, step: int | None = None) -> Iterator[str]:
     """A table: one line per checkpoint, whole or not by the sizes of its files.
 
+    Its form for any number of ranks has a line of its own.
+
     Raises: CheckpointError without a run folder or checkpoints.
     """
-    folder = checkpoints_of(run)
-    steps = select_steps(folder, step)
+    folders = _folders(run, step)
     yield COLUMNS.format("step", "saved at", "ranks", "ZeRO", "GB", "state")
-    for saved in steps:
-        yield _row(folder, saved)
+    for saved, checkpoint in folders:
+        yield _row(saved, checkpoint)
 
 
 def inspect_checkpoint(run: Path, step: int | None = None) -> Iterator[str]:
@@ -52,15 +54,14 @@ def inspect_checkpoint(run: Path, step: int | None = None) -> Iterator[str]:
 def verify_checkpoints(run: Path, step: int | None = None) -> None:
     """Read every byte of all checkpoints or of one, and print what each is.
 
-    One that the run's retention removes meanwhile is no damage.
+    So are their forms for any number of ranks. One that the run's retention removes meanwhile is no
+    damage.
 
     Raises: CheckpointError if any is damaged.
     """
-    folder = checkpoints_of(run)
-    steps = select_steps(folder, step)
+    folders = _folders(run, step)
     num_damaged = 0
-    for saved in steps:
-        checkpoint = folder / step_name(saved)
+    for _, checkpoint in folders:
         damage = _read_all(checkpoint)
         state = f"damaged: {damage}" if damage else "whole"
         if not checkpoint.is_dir():
@@ -69,8 +70,9 @@ def verify_checkpoints(run: Path, step: int | None = None) -> None:
         print(f"{checkpoint.name}: {state}", flush=True)
     if num_damaged:
         raise CheckpointError(
-            f"{num_damaged} of {len(steps)} checkpoints in {folder} are damaged; a run passes over "
-            "them, bring the files back from a copy or remove the folders"
+            f"{num_damaged} of {len(folders)} checkpoints in {checkpoints_of(run)} are damaged; a "
+            "run passes over them (a .universal one it makes again), bring the files back from a "
+            "copy or remove the folders"
         )
 
 
@@ -82,6 +84,17 @@ def checkpoints_of(run: Path) -> Path:
     if not run.is_dir():
         raise CheckpointError(f"there is no run folder {run}; name the run.out of a recipe")
     return RunFolder(run).checkpoints
+
+
+def _folders(run: Path, step: int | None) -> list[tuple[int, Path]]:
+    """Steps and folders of a run's checkpoints, each before its form for any number of ranks."""
+    folder = checkpoints_of(run)
+    return [
+        (saved, checkpoint)
+        for saved in select_steps(folder, step)
+        for checkpoint in (folder / step_name(saved), folder / universal_name(saved))
+        if checkpoint.is_dir()
+    ]
 
 
 def _read_all(checkpoint: Path) -> str | None:
@@ -99,8 +112,7 @@ def _read_all(checkpoint: Path) -> str | None:
         return find_damage(checkpoint, names())
 
 
-def _row(folder: Path, step: int) -> str:
-    checkpoint = folder / step_name(step)
+def _row(step: int, checkpoint: Path) -> str:
     facts = _readable(checkpoint)
     when = str(facts.get("saved_at", "-"))[:19]  # UTC, to the second
     about = [str(facts.get(key, "-")) for key in ("world_size", "zero_stage")]

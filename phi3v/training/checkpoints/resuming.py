@@ -50,8 +50,8 @@ def choose(
 ) -> Choice | None:
     """Find the newest whole checkpoint, with every byte of it read; None if there never was one.
 
-    A damaged one is named and passed over. One of another number of ranks is converted. All ranks
-    call, and share the reading.
+    A damaged one is named and passed over. One of another number of ranks is converted, unless its
+    converted form is there and as whole. All ranks call, and share the reading.
 
     Raises: CheckpointError if there are checkpoints and all are damaged.
     """
@@ -89,8 +89,12 @@ def _fit(checkpoint: Path, step: int, ranks: Ranks, beat: Callable[[], None]) ->
     if manifest["world_size"] == ranks.world_size:
         return Choice(checkpoint.parent, manifest, checkpoint.name, is_converted=False)
     target = checkpoint.with_name(universal_name(step))
-    name = f"conversion of {checkpoint.name}"
-    zero.first_rank_does_slowly(name, lambda: convert(checkpoint, target), ranks, beat)
+    if damage := _find_damage(target, ranks):
+        if ranks.is_first and target.is_dir():
+            print(f"{target} is damaged and is made again: {damage}", file=sys.stderr)
+        name = f"conversion of {checkpoint.name}"
+        zero.first_rank_does_slowly(name, lambda: convert(checkpoint, target), ranks, beat)
+    beat()
     return Choice(checkpoint.parent, manifest, target.name, is_converted=True)
 
 

@@ -29,7 +29,6 @@ from phi3v.config.running import CheckpointSection
 from phi3v.data.packing import Position
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError
-from phi3v.files import sha256
 from phi3v.training import zero
 from phi3v.training.checkpoints.store import (
     SavedFile,
@@ -159,7 +158,7 @@ class Saver:
             marker.unlink()
         for path in partial.iterdir():  # DeepSpeed's own script, which no state goes through
             if path.name not in files:
-                files[path.name] = SavedFile(path.stat().st_size, sha256(path))
+                files[path.name] = SavedFile.of(path)
         return files
 
 

@@ -7,7 +7,8 @@
       .step-00000100.partial/  one being written
       .step-00000050.old/      one set aside while another of its step takes its name
       .step-00000010.removed/  one being removed
-      .step-00000050.universal/  its form for any number of ranks (convert.py); goes with it
+      .step-00000050.universal/  its form for any number of ranks (convert.py), with a manifest of
+                                 its own that says what it was made from; goes with it
 
 The owner of the run folder alone writes here. A crash between any two operations leaves hidden
 folders, which the next owner settles (`remove_leftovers`). Anything else in the folder belongs to
@@ -35,6 +36,8 @@ from phi3v.files import sha256, sync, sync_tree, write_json, write_text
 LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"
 FORMAT = 1  # of the manifest
 SEAL = "manifest_sha256"  # key of the manifest's digest over all its other keys
+# Key of a universal form's manifest: the digest of its checkpoint's, which has that of each file.
+MADE_FROM = "made_from"
 STEP = re.compile(r"step-([0-9]{8})")
 KINDS = ("partial", "old", "removed", "universal", "universal.partial")
 HIDDEN = re.compile(rf"\.step-([0-9]{{8}})\.({'|'.join(KINDS)})")
@@ -46,6 +49,11 @@ class SavedFile:
 
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "SavedFile":
+        """What a file is now; reads every byte."""
+        return cls(path.stat().st_size, sha256(path))
 
 
 def step_name(step: int) -> str:
@@ -169,7 +177,8 @@ def find_damage(checkpoint: Path, files: Iterable[str] | None = None) -> str | N
     """What is wrong with a checkpoint first, as "FILE is missing"; None if it is whole.
 
     Looks at the manifest, at the sizes of all files, and then reads `files` (all by default) to
-    compare their digests; `()` reads none. Files that the manifest does not list are no damage:
+    compare their digests; `()` reads none. A universal form is damaged, too, where it is not that
+    of the checkpoint beside it. Files that the manifest does not list are no damage:
     nobody reads them. A file that the disk cannot give back is.
     """
     manifest, damage = _load_manifest(checkpoint)
@@ -204,6 +213,9 @@ def _load_manifest(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
     named = STEP.search(checkpoint.name)
     if named and int(named[1]) != manifest["step"]:
         return {}, f"{MANIFEST} is that of step {manifest['step']}"
+    original = checkpoint.with_name(step_name(manifest["step"]))
+    if MADE_FROM in manifest and _digest_damage(original / MANIFEST, manifest[MADE_FROM]):
+        return {}, f"it was made from another {original.name} than this one"
     return manifest, None
 
 
@@ -246,7 +258,7 @@ def publish(folder: Path, step: int) -> None:
             f"{partial} cannot be published: {damage}; check the disk, then start the run again"
         )
     sync_tree(partial)
-    _discard(folder, step, _hidden_name(step, "universal"))  # made from the one before
+    remove_universal(folder, step)  # made from the one before
     if _is_folder(final):
         _delete(aside)
         final.rename(aside)
@@ -285,9 +297,14 @@ def retain(folder: Path, keep: int, keep_every: int, scores: Mapping[int, float]
 
 def remove(folder: Path, step: int) -> None:
     """Remove the checkpoint of a step; at no moment is half of it visible."""
+    remove_universal(folder, step)  # first: it must not be there without its checkpoint
     _discard(folder, step, step_name(step))
-    _discard(folder, step, _hidden_name(step, "universal"))
     _point_latest(folder)
+
+
+def remove_universal(folder: Path, step: int) -> None:
+    """Remove a step's form for any number of ranks, if there is one."""
+    _discard(folder, step, universal_name(step))
 
 
 def remove_leftovers(folder: Path) -> None:
