@@ -20,7 +20,7 @@ from phi3v.training.checkpoints.store import read_pointer, step_name, steps_save
 from phi3v.training.opening import Run
 from phi3v.training.ranks import Ranks
 from phi3v.training.run_folder import RunFolder
-from phi3v.training.session import Session, open_saver, report, save, wait_until_saved
+from phi3v.training.session import Session, open_saver, record, save, wait_until_saved
 from phi3v.training.tracking import Tracker
 from phi3v.training.watchdog import Watchdog
 from tests.training.engines import Engine
@@ -77,7 +77,7 @@ def test_the_best_checkpoint_stays_while_newer_ones_come_and_go_after_a_restart_
         save(session, Progress(step))
         wait_until_saved(session)
         found = Evaluation({"anls": Score(anls, 0.0, 1.0, 8)}, 1.0, [], held_out)
-        report(session, found, Progress(step), is_finished=False)
+        record(session, found, Progress(step))
         return steps_saved(run.folder.checkpoints)
 
     session = start(run, dog)

@@ -53,6 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(zero, "meet", lambda *args: found.append(("meet", args)))
     record(torch.cuda, "set_device")
     record(deepspeed, "init_distributed")
+    record(zero, "share_mistakes")
     record(torch.distributed, "barrier")
     record(torch.distributed, "broadcast_object_list")
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 3)
@@ -91,7 +92,9 @@ def test_the_device_comes_first_then_the_group_then_collectives(
         loop.train(cfg, ds, RANKS, StopRequests())
     names = [name for name, _ in itertools.groupby(name for name, _ in calls)]
     sends = "broadcast_object_list"
-    assert names == ["set_device", "meet", "init_distributed", sends, "start"], names
+    assert names == ["set_device", "meet", "init_distributed", "share_mistakes", sends, "start"], (
+        names
+    )
     assert {args for name, args in calls if name == "set_device"} == {(OWN,)}
     assert calls[-1] == ("start", OWN)
 
@@ -99,7 +102,8 @@ def test_the_device_comes_first_then_the_group_then_collectives(
 def test_a_process_group_never_starts_without_a_device(calls: list[tuple[str, Any]]) -> None:
     """Whoever starts one: benchmarks and tests do without open_run."""
     assert zero.start_process_group() == OWN
-    assert [name for name, _ in calls] == ["set_device", "meet", "init_distributed"]
+    expected = ["set_device", "meet", "init_distributed", "share_mistakes"]
+    assert [name for name, _ in calls] == expected
 
 
 def test_the_runs_device_is_the_one_that_was_taken(
