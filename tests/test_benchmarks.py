@@ -91,9 +91,11 @@ def test_workers_are_compared_with_one() -> None:
 
 
 def test_waits_and_rates_of_the_loader_stand_beside_reading_in_turn() -> None:
-    sides = [line.split()[:2] for line in lines_of("loader.py")[1:]]
-    assert sides[:2] == [["wait", "loader"], ["wait", "in"]]
-    assert sides[3:6] == [["raw", "loader"], ["raw", "in"], ["raw", "ratio"]]
+    sides = [line.split()[:4] for line in lines_of("loader.py")[1:]]
+    assert [side[:2] for side in sides[:2]] == [["wait", "loader"], ["wait", "in"]]
+    timed = [["raw", "loader"], ["raw", "in"], ["raw", "sampled"], ["raw", "digest"]]
+    assert [side[:2] for side in sides[3:7]] == timed
+    assert sides[7:9] == [["raw", "ratio", "of", "in"], ["raw", "ratio", "of", "sampled"]]
 
 
 def test_saving_behind_training_is_compared_with_torchs_own() -> None:
