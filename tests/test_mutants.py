@@ -6,7 +6,8 @@ from queue import Queue
 
 import pytest
 
-from tests.mutants.mutate import REPOSITORY, Mutant, copy_code, read_mutants, report, try_mutant
+from tests.commands import ROOT
+from tests.mutants.mutate import Mutant, copy_code, read_mutants, report, try_mutant
 
 MUTANTS = read_mutants()
 
@@ -18,9 +19,9 @@ def test_the_list_is_long_and_names_each_mutant_once() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_is_another_program_and_has_tests(mutant: Mutant) -> None:
-    source = (REPOSITORY / mutant.file).read_text(encoding="utf-8")
+    source = (ROOT / mutant.file).read_text(encoding="utf-8")
     assert ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
-    assert mutant.tests and all((REPOSITORY / test).is_file() for test in mutant.tests)
+    assert mutant.tests and all((ROOT / test).is_file() for test in mutant.tests)
 
 
 def test_a_mutant_whose_place_is_gone_or_twice_there_is_refused() -> None:
@@ -47,5 +48,5 @@ def test_a_fault_is_killed_and_what_is_none_survives(
     assert report(mutants[:1], ends[:1]) == 0
     assert report(mutants, ends) == 1
     assert "survived: phi3v/geometry.py: none" in capsys.readouterr().out
-    whole = REPOSITORY / "phi3v/geometry.py"
+    whole = ROOT / "phi3v/geometry.py"
     assert (tmp_path / "phi3v/geometry.py").read_bytes() == whole.read_bytes()

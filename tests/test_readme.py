@@ -23,7 +23,7 @@ ELSEWHERE = {
     "make test": "is what runs this test",
     "make demo": "tests/test_demo.py",
     "make soak": "tests/distributed/test_kills.py, 20 times instead of 200",
-    "make mutants": "tests/test_mutants.py, two of them",
+    "make mutants": "tests/test_mutants.py, on faults of its own",
     "make bench": "tests/test_benchmarks.py, each smaller",
     "make gpu": "tests/test_benchmarks.py, at toy size on CPU ranks",
     "source .venv/bin/activate": "tests/test_readme.py, by way of PATH",

@@ -214,6 +214,13 @@ def test_the_last_packs_of_an_epoch_are_as_full_as_each_other() -> None:
     assert filled[1] >= 0.95 * filled[-1], "only the very last may be less full"
 
 
+def test_a_sample_larger_than_what_the_last_packs_are_filled_to_is_alone() -> None:
+    tokens = np.array([100] + [10] * 9)
+    nothing = np.zeros(10, dtype=np.int64)
+    plan = Plan("f", 0, tokens, nothing, tokens, BUDGET, packs_per_step=4)
+    assert max(tokens[pack].sum() for pack in packs_of(plan)) == 100
+
+
 @settings(deadline=None)
 @given(st.integers(1, 30), st.floats(0.1, 3.5), st.integers(1, 6))
 def test_by_its_weight_a_part_is_seen_and_its_samples_equally_often(

@@ -1,6 +1,6 @@
 """Put known faults into a copy of the code, one at a time, and see the fast tests notice each.
 
-    python tests/mutants/mutate.py [--jobs 2] [--only WORDS]
+    python -m tests.mutants.mutate [--jobs 2] [--only WORDS]
 
 Prints a line for each mutant of mutants.yaml and a table at the end; exits with 1 if one survived,
 broke what it should not (no test ran) or took too long. The tests must pass without any fault,
@@ -8,7 +8,6 @@ which is seen first.
 """
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -24,15 +23,16 @@ from queue import Queue
 
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.commands import ROOT, run
+
 LIST = Path(__file__).with_name("mutants.yaml")
-SECONDS = 300.0  # of a mutant's tests at most
+MAX_SECONDS = 300.0  # that the tests of one mutant may take
 ENDS = {0: "survived", 1: "killed"}  # by pytest's exit code; others say that no test ran
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: `new` in the place of `old`, which the file holds once, and the tests that know."""
+    """A fault: `new` in the place of `old`, which the file holds once, and tests for it."""
 
     name: str
     file: str
@@ -66,30 +66,28 @@ def read_mutants(path: Path = LIST) -> list[Mutant]:
 
 
 def copy_code(folder: Path) -> Path:
-    """Copy what git tracks, and what it would."""
+    """Copy the files that git tracks, and new ones that it does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (REPOSITORY / name).is_file():
+        if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, folder / name)
+            shutil.copy2(ROOT / name, folder / name)
     return folder
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int | None, str]:
     """Exit code and output of the fast ones of some tests; None if they took too long."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
+    variables = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, timeout=SECONDS, capture_output=True, text=True
-        )
+        done = run(*command, cwd=folder, timeout=MAX_SECONDS, **variables)
     except subprocess.TimeoutExpired:
         return None, ""
     return done.returncode, done.stdout + done.stderr
