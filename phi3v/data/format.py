@@ -21,6 +21,7 @@ from phi3v.errors import ShardError
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
+LICENSES = "licenses"  # key of the manifest: [{source, license}] of training rows, where named
 PREPARE_AGAIN = "remove the dataset folder and run launch/prepare.py again"
 
 SCHEMA = pa.schema(

@@ -4,12 +4,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from phi3v.config import DatasetConfig
 from phi3v.data.audit import merge
 from phi3v.data.codecs import Codec
-from phi3v.data.format import FORMAT_VERSION, MANIFEST
+from phi3v.data.format import FORMAT_VERSION, LICENSES, MANIFEST
 from phi3v.data.writer import finish_split
 from phi3v.errors import ConfigError
 from phi3v.files import write_json
@@ -44,6 +45,7 @@ def write_manifest(
         "format_version": FORMAT_VERSION,
         "fingerprint": _fingerprint(plan.recipe, splits),
         "recipe": plan.recipe,
+        **_told_licenses(cfg),
         "crop_size": processor.crop_size,
         "image_side": processor.side,
         "image_mean": list(processor.image_mean),
@@ -59,6 +61,30 @@ def write_manifest(
     }
     write_json(work.path / MANIFEST, manifest)
     return manifest
+
+
+def note_licenses(cfg: DatasetConfig, out: Path, manifest: dict[str, Any]) -> bool:
+    """Have the manifest of a finished dataset name the licenses of the recipe; whether it changed.
+
+    They are in no fingerprint, so the dataset stays what it is.
+    """
+    told = _told_licenses(cfg)
+    if manifest.get(LICENSES) == told.get(LICENSES):
+        return False
+    manifest.pop(LICENSES, None)
+    manifest.update(told)
+    write_json(out / MANIFEST, manifest)
+    return True
+
+
+def _told_licenses(cfg: DatasetConfig) -> dict[str, Any]:
+    """The license of each source of training rows that the recipe names one of."""
+    named = [
+        {"source": section.paths[0], "license": section.license}
+        for section in cfg.sources[: cfg.first_held_out]
+        if section.license is not None
+    ]
+    return {LICENSES: named} if named else {}
 
 
 def clear(work: WorkFolder, manifest: dict[str, Any]) -> None:

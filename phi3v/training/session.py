@@ -288,6 +288,7 @@ def report(
             done.step,
             loss=evaluation.loss,
             loss_rows=evaluation.loss_rows,
+            split=run.cfg.eval.split,
             unanswered=evaluation.unanswered,
             metrics=evaluation.metrics(),
         )

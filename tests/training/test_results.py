@@ -28,6 +28,7 @@ from phi3v.training.results import (
 )
 from phi3v.training.run_folder import RunFolder
 from tests.page import Page
+from tests.tiny import QUESTION
 from tests.training.saved import save_partial
 
 
@@ -172,6 +173,7 @@ def test_data_json_tells_the_folders_splits_and_how_long_samples_are(tiny_shards
     assert train["samples"] + held_out["samples"] == 120
     assert train["images"] == train["samples"] == sum(n for _, n in train["histogram"])
     assert folder["rejected"]["count"] == 0
+    assert folder["recipe"]["source"]["user"] == QUESTION and folder["licenses"] == []
 
 
 def test_the_report_names_checkpoints_that_are_there_whole_or_not(
