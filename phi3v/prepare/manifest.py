@@ -10,13 +10,14 @@ from typing import Any
 from phi3v.config import DatasetConfig
 from phi3v.data.audit import merge
 from phi3v.data.codecs import Codec
-from phi3v.data.format import FORMAT_VERSION, LICENSES, MANIFEST
+from phi3v.data.format import FORMAT_VERSION, HUB, LICENSES, MANIFEST
 from phi3v.data.writer import finish_split
 from phi3v.errors import ConfigError
 from phi3v.files import write_json
 from phi3v.prepare import rejections
 from phi3v.prepare.inputs import open_processor
 from phi3v.prepare.plan import Plan, Shard, WorkFolder, read_table
+from phi3v.prepare.sources import check_source
 
 
 def write_manifest(
@@ -46,6 +47,7 @@ def write_manifest(
         "fingerprint": _fingerprint(plan.recipe, splits),
         "recipe": plan.recipe,
         **_told_licenses(cfg),
+        **_hub_sources(cfg),
         "crop_size": processor.crop_size,
         "image_side": processor.side,
         "image_mean": list(processor.image_mean),
@@ -85,6 +87,13 @@ def _told_licenses(cfg: DatasetConfig) -> dict[str, Any]:
         if section.license is not None
     ]
     return {LICENSES: named} if named else {}
+
+
+def _hub_sources(cfg: DatasetConfig) -> dict[str, Any]:
+    """The sources of training rows that are datasets of the hub: later nobody can tell."""
+    paths = dict.fromkeys(section.paths[0] for section in cfg.sources[: cfg.first_held_out])
+    names = [path for path in paths if check_source(path) is None]
+    return {HUB: names} if names else {}
 
 
 def clear(work: WorkFolder, manifest: dict[str, Any]) -> None:

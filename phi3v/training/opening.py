@@ -13,7 +13,7 @@ import torch
 from phi3v.config import DeepSpeedConfig, RunConfig, check_warmup, is_smoke_run, to_dict
 from phi3v.data import Dataset
 from phi3v.data.audit import canvas_sizes
-from phi3v.data.format import LICENSES
+from phi3v.data.format import HUB, LICENSES
 from phi3v.data.mixture import SIZES, Mixture, open_datasets
 from phi3v.data.packing import Budget, Plan, check_fits
 from phi3v.devices import take_device
@@ -182,6 +182,7 @@ def _describe_folder(dataset: Dataset) -> dict[str, Any]:
         "rejected": manifest.get("rejected"),
         "recipe": manifest["recipe"],
         LICENSES: manifest.get(LICENSES, []),
+        HUB: manifest.get(HUB, []),
     }
 
 

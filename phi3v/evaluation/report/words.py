@@ -1,6 +1,6 @@
 """A run's figures in words, with their units."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from phi3v.evaluation.metrics import is_bounded, is_rate
@@ -48,6 +48,17 @@ def interval_fault(name: str, low: float | None, high: float | None, n: int) -> 
 def loss_value(loss: float | None, digits: int = 3) -> str:
     """A loss as it is read; None stands for one that is not finite."""
     return "not finite" if loss is None else f"{loss:.{digits}f}"
+
+
+def rows_of(evaluations: Iterable[Mapping[str, Any]]) -> str:
+    """What the rows of some evaluations are called: held-out, unless they were trained on.
+
+    evaluations  lines of evaluations.jsonl; older ones do not name their split
+    """
+    are_trained = {entry.get("split") == "train" for entry in evaluations}
+    if are_trained == {True}:
+        return "training"
+    return "evaluated" if True in are_trained else "held-out"
 
 
 def shortened(text: str) -> str:
