@@ -47,7 +47,7 @@ def write_manifest(
         "fingerprint": _fingerprint(plan.recipe, splits),
         "recipe": plan.recipe,
         **_told_licenses(cfg),
-        **_hub_sources(cfg),
+        **hub_sources(cfg),
         "crop_size": processor.crop_size,
         "image_side": processor.side,
         "image_mean": list(processor.image_mean),
@@ -89,7 +89,7 @@ def _told_licenses(cfg: DatasetConfig) -> dict[str, Any]:
     return {LICENSES: named} if named else {}
 
 
-def _hub_sources(cfg: DatasetConfig) -> dict[str, Any]:
+def hub_sources(cfg: DatasetConfig) -> dict[str, Any]:
     """The sources of training rows that are datasets of the hub: later nobody can tell."""
     paths = dict.fromkeys(section.paths[0] for section in cfg.sources[: cfg.first_held_out])
     names = [path for path in paths if check_source(path) is None]

@@ -183,8 +183,8 @@ def test_every_dataset_of_a_mixture_is_told_with_weight_samples_and_license(
     recipes = [yaml.safe_load(text) for text in blocks(card, "yaml")]
     assert [part["path"] for part in recipes[0]["data"]["shards"]] == ["cats", "dogs"]
     of_cats, of_dogs = (build_recipe(DatasetConfig, r, Path("card"), []) for r in recipes[1:])
-    assert [s.path for s in (*of_cats.sources, *of_dogs.sources)] == ["cats.jsonl", "someone/dogs"]
-    assert of_dogs.split.own and of_dogs.split.own.path == "own.jsonl"
+    assert [source.path for source in of_cats.sources] == ["cats.jsonl"]
+    assert [source.path for source in of_dogs.sources] == ["someone/dogs", "own.jsonl"]
     assert (of_cats.out, of_cats.model) == ("cats", "base")
 
 

@@ -23,6 +23,7 @@ from phi3v.files import sha256
 from phi3v.prepare import dataset as module
 from phi3v.prepare import prepare
 from phi3v.prepare.convert import converted, find_function
+from phi3v.prepare.manifest import hub_sources
 from phi3v.prepare.rows import Row
 from phi3v.prepare.summary import summary
 from phi3v.processing import Phi3VProcessor
@@ -377,6 +378,17 @@ def test_a_license_is_told_by_the_manifest_and_may_be_named_later(
     assert named == before | told
     shutil.rmtree(out)
     assert made(None, "cc-by-4.0")[0] == named, "the same, if it is named from the start"
+
+
+def test_the_manifest_tells_which_sources_are_of_the_hub(tmp_path: Path, tiny_model: Path) -> None:
+    """Where the name of one can be told from a folder's: in the folder that prepare runs in."""
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", [turn("Hi", "Ho")]))
+    paths = ["someone/dogs", rows, "someone/cats"]
+    assert hub_sources(recipe(tiny_model, tmp_path, {"path": paths})) == {
+        "hub": ["someone/dogs", "someone/cats"]
+    }
+    assert hub_sources(recipe(tiny_model, tmp_path, {"path": rows})) == {}
+    assert "hub" not in prepare(recipe(tiny_model, tmp_path / "out", {"path": rows}))
 
 
 def test_an_empty_license_is_refused(tmp_path: Path, tiny_model: Path) -> None:

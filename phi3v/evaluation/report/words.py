@@ -108,7 +108,7 @@ _LABELS = {
     "label_tokens": "trained tokens",
     "flops": "computed in steps",
     "step_seconds": "time in steps",
-    "evaluation_loss": "held-out loss",
+    "evaluation_loss": "loss of the evaluation",
     "is_finished": "finished",
 }
 
