@@ -82,6 +82,10 @@ class SourceSection:
     streaming: bool = False
     """Read a hub dataset row by row, up to `max_rows`, instead of downloading all of it first."""
 
+    license: str | None = None
+    """The license of the rows and pictures, such as cc-by-4.0, for the model card. It may be named
+    later: prepare writes it into the manifest, and the dataset stays as it is."""
+
     def __post_init__(self) -> None:
         filled(source__user=self.user, source__assistant=self.assistant, source__split=self.split)
         real_breaks(
@@ -92,6 +96,7 @@ class SourceSection:
             source__assistant=self.assistant,
         )
         filled(source__references=self.references, source__id=self.id)
+        filled(source__license=self.license)
         if not self.paths:
             raise ConfigError("source.path must name at least one file, folder or hub dataset")
         for path in self.paths:

@@ -27,6 +27,9 @@ from phi3v.errors import ShardError
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
+# Keys of the manifest that are there where they say something, of the sources of training rows.
+LICENSES = "licenses"  # [{source, license}]
+HUB = "hub"  # [names of those that are datasets of the hub]
 PREPARE_AGAIN = "remove the dataset folder and run launch/prepare.py again"
 
 SCHEMA = pa.schema(

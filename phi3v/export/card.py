@@ -1,38 +1,26 @@
 """README.md of an export, a model card: what it is, how it is loaded, what it was made of.
 
-Everything is read from the run's own records. Folders appear by their names, never by a path of the
-machine that trained.
+Every sentence is made from the run's own files (records.py); what they do not tell is left out or
+said to be unknown. The head is what the hub reads: metadata.py.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import metadata_load
 
-from phi3v.config import RunConfig, to_dict
-from phi3v.evaluation.metrics import describe, is_rate
+from phi3v.evaluation.metrics import describe
 from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
-from phi3v.evaluation.report.words import interval_fault
-from phi3v.export.opening import read_run
-from phi3v.export.originals import find_base
+from phi3v.evaluation.report.words import interval_fault, loss_value, metric_value, rows_of
+from phi3v.export.metadata import front_matter, license_of_base
+from phi3v.export.records import RECIPE, DatasetRecord, Records, read_records
 from phi3v.files import write_text
 from phi3v.pictures import PictureSettings
-from phi3v.training.run_folder import DATA, ENVIRONMENT, RunFolder
+from phi3v.training.run_folder import DEEPSPEED
 
-OF_WHOLE = ("library_name", "pipeline_tag")  # keys that do not hold for the text half
-INHERITED = ("license", "license_name", "license_link", "language")  # of the base's own card
-PLACES = (
-    "run.out",
-    "model.path",
-    "deepspeed",
-    "deepspeed.cpu",
-    "deepspeed.cuda",
-)  # keys of a recipe that hold one path
-# Sections that say how a run was watched and kept, not what it learned.
-UNTOLD = ("checkpoint", "debug", "faults", "tracking", "wandb")
 # As docs/serving.md has it.
 PYTHON = """\
 import phi3v  # registers the classes; trust_remote_code is not needed
@@ -57,6 +45,7 @@ The converter reads tokenizer.model; where the folder has none, copy that of Phi
 ```
 python convert_hf_to_gguf.py DIR
 ```"""
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}  # of config.json, as launch/export.py has them
 
 
 def write_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
@@ -64,56 +53,63 @@ def write_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
 
     manifest  of the checkpoint
     """
-    cfg, folder = read_run(run), RunFolder(run)
+    records = read_records(run, manifest)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     parts = [
-        _head(_front_matter(cfg.model.path), run, manifest),
-        f"Phi-3-Vision, fine-tuned in all its parameters from {_base_name(cfg.model.path)}.",
+        _head(records, front_matter(records)),
+        f"Phi-3-Vision, fine-tuned from {_base(records)}. {_modules(records)}",
         f"## Loading\n\n```python\n{PYTHON}```\n\n{_serving(config)}",
-        _evaluation(folder, manifest["step"]),
-        _data(cfg, folder, manifest, _pictures(out)),
-        _making(folder, manifest),
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(shareable(cfg), sort_keys=False, width=90)}```",
+        _evaluation(records),
+        _data(records, _pictures(out)),
+        _licenses(records),
+        _training(records),
+        _recipes(records),
+        _commands(records, _dtype_option(config)),
     ]
-    write_text(out / "README.md", "\n\n".join(parts) + "\n")
+    _write(out, parts)
 
 
 def write_text_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
-    """Write the card of the text half: what it is, and what to do with it."""
-    base = read_run(run).model.path
-    front = {k: v for k, v in _front_matter(base).items() if k not in OF_WHOLE}
+    """Write the card of the text half: what it is, and what to do with it.
+
+    No scores: they are those of the whole model, which was shown pictures.
+    """
+    records = read_records(run, manifest)
     parts = [
-        _head(front, run, manifest),
-        f"Phi-3-Vision, fine-tuned in all its parameters from {_base_name(base)}: the text half.",
+        _head(records, front_matter(records, is_text_only=True)),
+        f"The text half of a Phi-3-Vision, fine-tuned from {_base(records)}. {_modules(records)}",
         TEXT_HALF,
-        _making(RunFolder(run), manifest),
+        _licenses(records),
+        _training(records),
     ]
-    write_text(out / "README.md", "\n\n".join(parts) + "\n")
+    _write(out, parts)
 
 
-def _head(front: Mapping[str, Any], run: Path, manifest: Mapping[str, Any]) -> str:
-    told = yaml.safe_dump(dict(front), sort_keys=False)
-    name = f"Phi-3-Vision fine-tuned: {run.resolve().name}, step {manifest['step']}"
-    return f"---\n{told}---\n\n# {name}"
+def _write(out: Path, parts: Sequence[str]) -> None:
+    write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
-def _front_matter(base: str) -> dict[str, Any]:
-    """What the hub reads; `base_model` only where the base is one of the hub's."""
-    card = find_base(base, "README.md")
-    theirs = (metadata_load(card) if card else None) or {}
-    inherited = {key: theirs[key] for key in INHERITED if key in theirs}
-    return {
-        **({} if Path(base).is_dir() else {"base_model": base}),
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "license": "unknown",
-        **inherited,
-        "tags": ["phi3_v"],
-    }
+def _head(records: Records, front: str) -> str:
+    return f"---\n{front}\n---\n\n# Phi-3-Vision fine-tuned: {records.title}"
 
 
-def _base_name(base: str) -> str:
-    return f"a folder `{Path(base).name}`" if Path(base).is_dir() else f"`{base}`"
+def _base(records: Records) -> str:
+    return f"{'' if records.hub_base else 'a folder '}`{records.base}`"
+
+
+def _modules(records: Records) -> str:
+    """Which parts of the model learned, and which stayed as they were."""
+    trained, frozen = records.trained, records.frozen
+    if not frozen:
+        return f"All of its modules were trained: {_listed(trained)}."
+    if not trained:
+        return f"All of its modules were frozen: {_listed(frozen)}."
+    return f"Trained: {_listed(trained)}. Frozen: {_listed(frozen)}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _serving(config: Mapping[str, Any]) -> str:
@@ -130,53 +126,76 @@ def _serving(config: Mapping[str, Any]) -> str:
     )
 
 
-def _evaluation(folder: RunFolder, step: int) -> str:
-    found = [entry for entry in folder.read_evaluations() if entry["step"] == step]
-    if not found:
-        return f"## Evaluation\n\nStep {step} was not evaluated during the run."
-    (entry,) = found
-    metrics = entry["metrics"]
-    loss = "" if entry["loss"] is None else f"Held-out loss {entry['loss']:.4f}. "
+def _evaluation(records: Records) -> str:
+    found = records.evaluation
+    if found is None:
+        return f"## Evaluation\n\nStep {records.step} was not evaluated during the run."
+    metrics = found["metrics"]
+    sentences = " ".join(_how_evaluated(records, found))
+    return f"## Evaluation\n\n{sentences}" + (f"\n\n{_scores(metrics)}" if metrics else "")
+
+
+def _how_evaluated(records: Records, found: Mapping[str, Any]) -> Iterator[str]:
+    of_others = controls(found["metrics"])
+    names = [d.name for d in records.datasets() if found.get("split") in d.samples]
+    rows = f"rows of the split `{found['split']}`" if "split" in found else "held-out rows"
+    of = f" of {_listed([f'`{name}`' for name in names])}" if names else ""
+    over = f" over {found['loss_rows']:,} rows" if found.get("loss_rows") else ""
+    yield f"{rows_of([found]).capitalize()} loss {loss_value(found['loss'], digits=4)}{over}."
+    if found["metrics"]:
+        yield f"Answers to {rows}{of}."
+    if any(name.startswith(BLIND) for name in of_others):
+        yield "In the blind control each row is asked about another row's pictures."
+    if any(name.startswith(CONSTANT) for name in of_others):
+        yield "The constant answer is the most frequent one of training."
+    if unanswered := found.get("unanswered"):
+        yield f"{unanswered:,} rows were left unanswered for want of time, and are in no score."
+
+
+def _scores(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of the metrics, with the controls that were measured."""
     of_others = controls(metrics)
-    rows = [_score_row(name, metrics) for name in metrics if name not in of_others]
-    head = (
-        "| metric | value [95 % interval] | blind control | constant answer | rows | what it is |"
-    )
-    return (
-        f"## Evaluation\n\n{loss}Answers to held-out rows; in the blind control the pictures were "
-        "exchanged; the constant answer is the most frequent one of training.\n\n"
-        f"{head}\n|---|---|---|---|---|---|\n" + "\n".join(rows)
-    )
+    shown = {
+        prefix: title
+        for prefix, title in ((BLIND, "blind control"), (CONSTANT, "constant answer"))
+        if any(name.startswith(prefix) for name in of_others)
+    }
+    heads = ("metric", "value [95 % interval]", *shown.values(), "rows", "what it is")
+    rows = [
+        (
+            name,
+            _show(name, score),
+            *(_show_control(name, metrics.get(prefix + name)) for prefix in shown),
+            str(score["n"]),
+            describe(name),
+        )
+        for name, score in metrics.items()
+        if name not in of_others
+    ]
+    return _table(heads, rows)
 
 
-def _score_row(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """The blind control is of fewer rows where some have no picture, so it has its own number."""
-    blind = metrics.get(BLIND + name)
-    cells = (
-        name,
-        _show(name, metrics[name]),
-        _show(name, blind) + (f" n={blind['n']}" if blind else ""),
-        _show(name, metrics.get(CONSTANT + name)),
-        str(metrics[name]["n"]),
-        _cell(describe(name)),
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(text: str) -> str:
-    """A text in a table of Markdown, where a bare | would begin the next cell."""
-    return text.replace("|", "\\|")
-
-
-def _show(name: str, score: Mapping[str, Any] | None) -> str:
-    if score is None or score["value"] is None:
+def _show(name: str, score: Mapping[str, Any]) -> str:
+    if score["value"] is None:
         return "-"
-    form = ".1%" if is_rate(name) else ".4g"
-    value, *interval = (
-        "-" if score[key] is None else format(score[key], form) for key in ("value", "low", "high")
+    value, low, high = (
+        "-" if score[key] is None else metric_value(name, score[key])
+        for key in ("value", "low", "high")
     )
     fault = interval_fault(name, score["low"], score["high"], score["n"])
-    return f"{value} [{interval[0]}, {interval[1]}]" + (f" ({fault})" if fault else "")
+    return f"{value} [{low}, {high}]" + (f" ({fault})" if fault else "")
+
+
+def _show_control(name: str, score: Mapping[str, Any] | None) -> str:
+    """With its own number of rows: the blind control has fewer where some have no picture."""
+    return "-" if score is None else f"{_show(name, score)} n={score['n']}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown, in whose cells a bare | would begin the next."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _pictures(out: Path) -> str:
@@ -184,78 +203,136 @@ def _pictures(out: Path) -> str:
     path = out / "preprocessor_config.json"
     if not path.is_file():
         return ""
-    settings = PictureSettings.from_preprocessor(_read(path), path.name)
-    return (
-        f"Pictures: {settings} (preprocessor_config.json; other programs read num_crops alone).\n"
+    settings = PictureSettings.from_preprocessor(
+        json.loads(path.read_text(encoding="utf-8")), path.name
     )
+    return f"Pictures: {settings} (preprocessor_config.json; other programs read num_crops alone)."
 
 
-def _data(cfg: RunConfig, folder: RunFolder, manifest: Mapping[str, Any], pictures: str) -> str:
-    data = _read(folder.path / DATA)
-    parts = ", ".join(
-        f"`{Path(part.path).name}` (weight {part.weight:g})" for part in cfg.data.parts
+def _data(records: Records, pictures: str) -> str:
+    datasets = _table(
+        ("dataset", "weight", "training samples", "other splits", "rejected rows"),
+        [_dataset_row(dataset) for dataset in records.datasets()],
     )
     counts = ("samples", "tokens", "label_tokens", "image_tokens", "views")
-    rows = [f"| {name.replace('_', ' ')} | {data[name]:,} |" for name in counts if name in data]
-    fingerprint = manifest["fingerprints"]["data"]
+    totals = [
+        (name.replace("_", " "), f"{records.data[name]:,}")
+        for name in counts
+        if name in records.data
+    ]
+    lines = [f"Fingerprint: `{records.manifest['fingerprints']['data']}`.", pictures]
+    if records.cfg.debug.overfit_one_pack:
+        lines.append("Of all this only the first pack was trained on (debug.overfit_one_pack).")
+    told = "\n".join(line for line in lines if line)
+    return f"## Data\n\n{datasets}\n\n{told}\n\n" + _table(("all training splits", ""), totals)
+
+
+def _dataset_row(dataset: DatasetRecord) -> tuple[str, ...]:
+    train = dataset.samples.get("train")
+    others = (f"{split} {n:,}" for split, n in dataset.samples.items() if split != "train")
     return (
-        f"## Data\n\nDatasets: {parts}.\nFingerprint: `{fingerprint}`.\n{pictures}\n"
-        "| training split | |\n|---|---|\n" + "\n".join(rows)
+        f"`{dataset.name}`",
+        f"{dataset.weight:g}",
+        "not recorded" if train is None else f"{train:,}",
+        ", ".join(others) or "-",
+        "not recorded" if dataset.rejected is None else f"{dataset.rejected:,}",
     )
 
 
-def _making(folder: RunFolder, manifest: Mapping[str, Any]) -> str:
-    environment = _read(folder.path / ENVIRONMENT)
-    lines = [
-        f"- ranks: {manifest['world_size']}, ZeRO stage {manifest['zero_stage']}, on "
-        f"{environment.get('device', 'an unknown device')}",
-        *_versions(manifest),
-        f"- commit of phi3v: {environment.get('commit') or 'unknown'}",
-        f"- saved: {manifest['saved_at'][:19]}Z",  # UTC, to the second
+def _licenses(records: Records) -> str:
+    """What is known of either license; the head has that of the base alone."""
+    base = license_of_base(records)
+    of_base = (
+        f"The card of the base names the license `{base}`, which stands in the head of this one."
+        if base
+        else "No license of the base is known here."
+    )
+    told = [
+        f"- `{dataset.name}`: {entry['license']} (`{Path(entry['source']).name}`)"
+        for dataset in records.datasets()
+        for entry in dataset.licenses
     ]
-    return "## Training\n\n" + "\n".join(lines)
+    silent = [f"`{d.name}`" for d in records.datasets() if not d.licenses]
+    of_data = "Licenses of the data, as the recipes name them:\n\n" + "\n".join(told)
+    if silent:
+        of_data = (of_data + "\n\n" if told else "") + f"No license is named for {_listed(silent)}."
+    return f"## License\n\n{of_base} {of_data}"
 
 
-def _versions(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _training(records: Records) -> str:
+    return "## Training\n\n" + "\n".join(f"- {line}" for line in _training_facts(records))
+
+
+def _training_facts(records: Records) -> Iterator[str]:
+    manifest, cfg, environment = records.manifest, records.cfg, records.environment
+    if diverged := records.summary.get("diverged"):
+        yield f"the run diverged: {diverged}"
+    samples = sum(line["samples"] for line in records.steps)
+    yield f"steps: {records.step:,}" + (f", over {samples:,} samples" if samples else "")
+    rates = [f"{module} {cfg.optim.peak_lr(module):g}" for module in records.trained]
+    yield f"peak learning rates: {', '.join(rates) or 'none'}; {cfg.optim.schedule} schedule"
+    if (ds := records.deepspeed) is not None:
+        is_bf16 = (ds.get("bf16") or {}).get("enabled", False)
+        yield (
+            f"batch: {ds['train_batch_size']} packs a step, each of {cfg.data.max_tokens:,} tokens "
+            f"and {cfg.data.max_views} views at most"
+        )
+        yield f"precision: {'bfloat16' if is_bf16 else 'float32'}; {ds['optimizer']['type']}"
+    yield (
+        f"saved: {manifest['saved_at'][:19]}Z by {manifest['world_size']} ranks, ZeRO stage "  # UTC
+        f"{manifest['zero_stage']}"
+    )
     named = {name: version for name, version in manifest["versions"].items() if version}
-    yield "- versions: " + ", ".join(f"{name} {version}" for name, version in named.items())
+    yield "versions: " + ", ".join(f"{name} {version}" for name, version in named.items())
+    yield (
+        f"last start of the run: on {environment.get('device', 'an unknown device')}, commit of "
+        f"phi3v {environment.get('commit') or 'unknown'}"
+    )
 
 
-def shareable(cfg: RunConfig) -> dict[str, Any]:
-    """What of the resolved recipe made the model, with folders by their names."""
-    tree = to_dict(cfg)
-    for key in PLACES:
-        *sections, name = key.split(".")
-        values: Any = tree
-        for section in sections:
-            values = values[section]
-        place = values.get(name) if isinstance(values, dict) else None
-        if isinstance(place, str) and (name != "path" or Path(place).is_dir()):
-            values[name] = Path(place).name
-    shareable_tree: dict[str, Any] = _without_paths(tree)
-    shards = [{"path": Path(p.path).name, "weight": p.weight} for p in cfg.data.parts]
-    shareable_tree["data"]["shards"] = shards
-    told = {key: value for key, value in shareable_tree.items() if key not in UNTOLD}
-    return dict(_without_nulls(told))
+def _recipes(records: Records) -> str:
+    """The files that made the model, under the names that the commands take them by."""
+    ds = records.told_deepspeed()
+    parts = [(RECIPE, _yaml(records.recipe()))]
+    if ds is not None:
+        parts.append((DEEPSPEED, f"```json\n{json.dumps(ds, indent=1)}\n```"))
+    parts += [
+        (f"{dataset.name}.yaml", _yaml(dataset.recipe))
+        for dataset in records.datasets()
+        if dataset.recipe is not None
+    ]
+    shown = "\n\n".join(f"`{name}`:\n\n{text}" for name, text in parts)
+    return (
+        "## Recipe\n\nWith every default; folders by their names, and without what only says how "
+        f"the run was watched and kept.\n\n{shown}"
+    )
 
 
-def _without_nulls(value: Any) -> Any:
-    """A tree without the keys that are not set."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return value
+def _yaml(tree: Mapping[str, Any]) -> str:
+    return f"```yaml\n{yaml.safe_dump(dict(tree), sort_keys=False, width=90)}```"
 
 
-def _without_paths(value: Any) -> Any:
-    """A tree in which no text is an absolute path."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_paths(item) for item in value]
-    is_path = isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value
-    return Path(value).name if is_path else value
+def _commands(records: Records, dtype: str) -> str:
+    """What asks for the same work, with the recipes of the card."""
+    ranks = records.manifest["world_size"]
+    under = f"  # on {ranks} ranks: under deepspeed, torchrun or srun" if ranks > 1 else ""
+    json_option = "" if records.deepspeed is None else f" --deepspeed_config {DEEPSPEED}"
+    lines = [
+        *(
+            f"python launch/prepare.py {shlex.quote(f'{dataset.name}.yaml')}"
+            for dataset in records.datasets()
+            if dataset.recipe is not None
+        ),
+        f"python launch/train.py {RECIPE}{json_option}{under}",
+        f"python launch/export.py {shlex.quote(records.name)} --out DIR --step {records.step}"
+        f"{dtype}",
+    ]
+    return (
+        "## Commands\n\nThe same work is asked for by these, with the recipes above under their "
+        "names:\n\n```\n" + "\n".join(lines) + "\n```"
+    )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found
+def _dtype_option(config: Mapping[str, Any]) -> str:
+    name = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))))
+    return f" --dtype {name}" if name else ""

@@ -28,7 +28,7 @@ from phi3v.prepare import rejections
 from phi3v.prepare.inputs import open_inputs
 from phi3v.prepare.joining import join_scans
 from phi3v.prepare.lock import locked
-from phi3v.prepare.manifest import clear, write_manifest
+from phi3v.prepare.manifest import clear, note_licenses, write_manifest
 from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, times_in
 from phi3v.prepare.recipe import begin, differing, make_plan, resolved_recipe, start_afresh
 from phi3v.prepare.scan import scan_chunk
@@ -72,7 +72,7 @@ def prepare(cfg: DatasetConfig, say: Say = print) -> dict[str, Any]:
     its source, if more than `max_rejected` of the rows had to be rejected, or if another process
     prepares the same folder. ShardError if the folder's files are not those of its manifest.
     """
-    if manifest := _existing(cfg):
+    if manifest := _existing(cfg, say):
         return manifest
     with _work_folder(cfg, is_shared=False) as work:
         if manifest := _unnamed(cfg, work):
@@ -94,7 +94,7 @@ def prepare_part(cfg: DatasetConfig, part: Part, say: Say = print) -> None:
 
     Raises: as `prepare`, and ConfigError if there is unfinished work on another recipe.
     """
-    if _existing(cfg):
+    if _existing(cfg, say):
         say(f"{cfg.out} is up to date")
         return
     with _work_folder(cfg, is_shared=True) as work:
@@ -109,7 +109,7 @@ def merge(cfg: DatasetConfig, say: Say = print) -> dict[str, Any] | None:
 
     Raises: ConfigError naming what is missing, and as `prepare`.
     """
-    if manifest := _existing(cfg):
+    if manifest := _existing(cfg, say):
         return manifest
     with _work_folder(cfg, is_shared=False) as work:
         if manifest := _unnamed(cfg, work):
@@ -143,8 +143,8 @@ def verify(folder: Path) -> None:
         Dataset(folder, split)  # whether the index is that of the shards
 
 
-def _existing(cfg: DatasetConfig) -> dict[str, Any] | None:
-    """The manifest of the dataset that is there and up to date."""
+def _existing(cfg: DatasetConfig, say: Say) -> dict[str, Any] | None:
+    """The manifest of the dataset that is there and up to date, but for the licenses it names."""
     for section in cfg.sources:
         check_source(section.paths[0])
     out = Path(cfg.out).absolute()
@@ -164,6 +164,8 @@ def _existing(cfg: DatasetConfig) -> dict[str, Any] | None:
         )
     for split in manifest["splits"]:
         Dataset(out, split)
+    if note_licenses(cfg, out, manifest):
+        say(f"{cfg.out}: the licenses that the recipe names are in {MANIFEST} now")
     return manifest
 
 
@@ -248,7 +250,10 @@ def _unnamed(cfg: DatasetConfig, work: WorkFolder) -> dict[str, Any] | None:
     if work.recipe.is_file() or not (work.path / MANIFEST).is_file():
         return None
     manifest = read_manifest(work.path)
-    return None if differing(manifest["recipe"], resolved_recipe(cfg)) else manifest
+    if differing(manifest["recipe"], resolved_recipe(cfg)):
+        return None
+    note_licenses(cfg, work.path, manifest)
+    return manifest
 
 
 def _give_name(cfg: DatasetConfig, work: WorkFolder, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,20 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from phi3v.config import DatasetConfig
 from phi3v.data.audit import merge
 from phi3v.data.codecs import Codec
-from phi3v.data.format import FORMAT_VERSION, MANIFEST, sealed
+from phi3v.data.format import FORMAT_VERSION, HUB, LICENSES, MANIFEST, check_seal, sealed
 from phi3v.data.writer import finish_split
 from phi3v.errors import ConfigError
 from phi3v.files import write_json
 from phi3v.prepare import rejections
 from phi3v.prepare.inputs import open_processor
 from phi3v.prepare.plan import Plan, Shard, WorkFolder, read_table
+from phi3v.prepare.sources import check_source
 
 
 def write_manifest(
@@ -44,6 +46,8 @@ def write_manifest(
         "format_version": FORMAT_VERSION,
         "fingerprint": _fingerprint(plan.recipe, splits),
         "recipe": plan.recipe,
+        **_told_licenses(cfg),
+        **hub_sources(cfg),
         "crop_size": processor.crop_size,
         "image_side": processor.side,
         "image_mean": list(processor.image_mean),
@@ -60,6 +64,41 @@ def write_manifest(
     manifest = sealed(json.loads(json.dumps(content)))  # as who reads it will
     write_json(work.path / MANIFEST, manifest)
     return manifest
+
+
+def note_licenses(cfg: DatasetConfig, out: Path, manifest: dict[str, Any]) -> bool:
+    """Have the manifest of a finished dataset name the licenses of the recipe; whether it changed.
+
+    They are in no fingerprint, so the dataset stays what it is.
+
+    Raises: ShardError if the manifest is not what was written, which a new digest would hide.
+    """
+    told = _told_licenses(cfg)
+    if manifest.get(LICENSES) == told.get(LICENSES):
+        return False
+    check_seal(out, manifest)
+    manifest.pop(LICENSES, None)
+    manifest.update(told)
+    manifest.update(sealed(manifest))
+    write_json(out / MANIFEST, manifest)
+    return True
+
+
+def _told_licenses(cfg: DatasetConfig) -> dict[str, Any]:
+    """The license of each source of training rows that the recipe names one of."""
+    named = [
+        {"source": section.paths[0], "license": section.license}
+        for section in cfg.sources[: cfg.first_held_out]
+        if section.license is not None
+    ]
+    return {LICENSES: named} if named else {}
+
+
+def hub_sources(cfg: DatasetConfig) -> dict[str, Any]:
+    """The sources of training rows that are datasets of the hub: later nobody can tell."""
+    paths = dict.fromkeys(section.paths[0] for section in cfg.sources[: cfg.first_held_out])
+    names = [path for path in paths if check_source(path) is None]
+    return {HUB: names} if names else {}
 
 
 def clear(work: WorkFolder, manifest: dict[str, Any]) -> None:

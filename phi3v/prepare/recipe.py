@@ -24,6 +24,8 @@ MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
 LATER = ("id", "ignore", "convert", "delimiter")
 HOW = ("out", "workers", "fetch")
 """Keys that say how the work is done, not what comes of it."""
+TOLD = ("license",)
+"""Keys of a source that say something about the rows and change nothing in them."""
 
 
 def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
     Raises: ConfigError if a source or a file of the model is missing.
     """
     recipe = {key: value for key, value in to_dict(cfg).items() if key not in HOW}
-    recipe["source"] = _without_later(recipe["source"])
+    recipe["source"] = _without_told(recipe["source"])
     processor = open_processor(cfg, cfg.sources[0])
     files = _Digests(known)
     digests = [source_digest(section, files.digest) for section in cfg.sources]
@@ -65,13 +67,14 @@ def _refuse_same_rows(cfg: DatasetConfig, digests: list[str]) -> None:
             )
 
 
-def _without_later(source: Any) -> Any:
-    """Leave out keys that say nothing and came when datasets had been made without them: these
-    keep their fingerprint, which decides the order of training.
+def _without_told(source: Any) -> Any:
+    """Leave out what makes no difference, and keys that say nothing and came when datasets had been
+    made without them: these keep their fingerprint, which decides the order of training.
     """
     if isinstance(source, list):
-        return [_without_later(section) for section in source]
-    return {key: v for key, v in source.items() if key not in LATER or v is not None}
+        return [_without_told(section) for section in source]
+    kept = {key: v for key, v in source.items() if key not in LATER or v is not None}
+    return {key: v for key, v in kept.items() if key not in TOLD}
 
 
 class _Digests:

@@ -13,6 +13,7 @@ import torch
 from phi3v.config import DeepSpeedConfig, RunConfig, check_warmup, is_smoke_run, to_dict
 from phi3v.data import Dataset
 from phi3v.data.audit import canvas_sizes
+from phi3v.data.format import HUB, LICENSES
 from phi3v.data.mixture import SIZES, Mixture, open_datasets, qualified_id
 from phi3v.data.packing import Budget, Plan, check_fits
 from phi3v.devices import take_device
@@ -187,7 +188,7 @@ def describe_data(dataset: Dataset | Mixture) -> dict[str, Any]:
 
 
 def _describe_folder(dataset: Dataset) -> dict[str, Any]:
-    """A folder's splits with their sizes and lengths, and what was rejected when it was made."""
+    """A folder's splits with their sizes and lengths, how it was made, and what was rejected."""
     manifest = dataset.manifest
     splits = {name: _describe_split(entry) for name, entry in manifest["splits"].items()}
     splits[dataset.split]["images"] = len(canvas_sizes(dataset))
@@ -195,6 +196,9 @@ def _describe_folder(dataset: Dataset) -> dict[str, Any]:
         "folder": str(dataset.folder),
         "splits": splits,
         "rejected": manifest.get("rejected"),
+        "recipe": manifest["recipe"],
+        LICENSES: manifest.get(LICENSES, []),
+        HUB: manifest.get(HUB, []),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3v.config import RunConfig
+from phi3v.config import MODULES, RunConfig
 from phi3v.errors import CheckpointError, Diverged
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.report import Report, Saved, write_report
@@ -213,16 +213,24 @@ def throughput(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def facts(folder: RunFolder, cfg: RunConfig) -> dict[str, str]:
     """The settings that a reader of the report asks for first."""
-    environment = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))
-    data = json.loads((folder.path / DATA).read_text(encoding="utf-8"))
+    environment, data, ds = (
+        json.loads((folder.path / name).read_text(encoding="utf-8"))
+        for name in (ENVIRONMENT, DATA, DEEPSPEED)
+    )
     parts = cfg.data.parts
+    is_bf16 = (ds.get("bf16") or {}).get("enabled", False)
+    trained = [module for module in MODULES if module not in cfg.model.freeze]
+    rates = ", ".join(f"{module} {cfg.optim.peak_lr(module):g}" for module in trained)
+    only = ", of which the first pack alone is trained on" if cfg.debug.overfit_one_pack else ""
     shards = ", ".join(p.path if p.weight == 1 else f"{p.path} x {p.weight:g}" for p in parts)
     return {
         "model": cfg.model.path,
-        "shards": f"{shards} ({data['samples']:,} samples, {data['fingerprint'][:12]})",
+        "frozen": ", ".join(cfg.model.freeze) or "nothing",
+        "shards": f"{shards} ({data['samples']:,} samples, {data['fingerprint'][:12]}){only}",
+        "batch": f"{ds['train_batch_size']} packs, {'bfloat16' if is_bf16 else 'float32'}",
         "pack": f"{cfg.data.max_tokens:,} tokens, {cfg.data.max_views} views at most",
-        "learning rate": f"{cfg.optim.lr:g}, {cfg.optim.schedule}",
-        "device": f"{environment['ranks']} x {environment['device']}",
+        "peak learning rate": f"{rates or 'none'}; {cfg.optim.schedule}",
+        "device of the last start": f"{environment['ranks']} x {environment['device']}",
         "deepspeed": environment["versions"]["deepspeed"] or "",
         "commit": (environment["commit"] or "unknown")[:12],
     }

@@ -403,6 +403,7 @@ def record(session: Session, evaluation: Evaluation, done: Progress) -> None:
         done.step,
         loss=evaluation.loss,
         loss_rows=evaluation.loss_rows,
+        split=run.cfg.eval.split,
         unanswered=evaluation.unanswered,
         metrics=evaluation.metrics(),
     )

@@ -75,6 +75,27 @@ def test_every_metric_is_shown_with_interval_n_and_blind_control(render):
     assert "has learnt the text and not the picture" in text.replace("\n", " ")
 
 
+def test_a_control_that_was_not_run_is_not_spoken_of(render):
+    shown = {"anls": rate(0.5, 0.4, 0.6), "constant_anls": rate(0.1, 0.0, 0.2)}
+    text = render(summary={"metrics": shown}, examples=()).text
+    assert "Constant answer: every row is given" in text and "blind" not in text.lower()
+    del shown["constant_anls"]
+    assert "constant" not in render(summary={"metrics": shown}, examples=()).text.lower()
+
+
+def test_rows_that_were_trained_on_are_not_called_held_out(render):
+    summary = {"metrics": {"anls": rate(0.5, 0.4, 0.6)}, "evaluation_loss": 1.0}
+    of_train = evaluation(10, 0.5) | {"split": "train"}
+    page = render([step(1)], summary=summary, evaluations=[of_train], examples=())
+    assert "held-out" not in page.text.lower() and "Training metrics" in page.text
+    assert "Training loss (lower is better) by step" in charts(page)
+    of_both = [evaluation(5, 0.5) | {"split": "validation"}, of_train]
+    page = render([step(1)], summary=summary, evaluations=of_both, examples=())
+    assert "Evaluated loss (lower is better) by step" in charts(page)
+    page = render([step(1)], summary=summary, evaluations=of_both[::-1], examples=())
+    assert "Held-out metrics" in page.text
+
+
 def test_a_blind_metric_without_its_partner_keeps_its_row(render):
     text = render(summary={"metrics": {"blind_parse_rate": rate(0.5, 0.4, 0.6)}}).text
     assert "blind_parse_rate" in text and "50.0%" in text

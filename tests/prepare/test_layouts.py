@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +17,17 @@ from PIL import Image
 from phi3v.config import DatasetConfig
 from phi3v.config.load import build_recipe
 from phi3v.data import Dataset
-from phi3v.data.format import read_manifest
+from phi3v.data.format import MANIFEST, SEAL, read_manifest
 from phi3v.data.mixture import open_datasets
+from phi3v.data.verification import listed_files
 from phi3v.errors import ConfigError, ShardError
 from phi3v.evaluation.metrics import Answer, score
-from phi3v.files import sha256
+from phi3v.files import sha256, write_json
 from phi3v.functions import find_function
+from phi3v.prepare import dataset as module
 from phi3v.prepare import prepare
 from phi3v.prepare.convert import converted
+from phi3v.prepare.manifest import hub_sources
 from phi3v.prepare.rows import Row
 from phi3v.prepare.summary import summary
 from phi3v.processing import Phi3VProcessor
@@ -348,6 +352,73 @@ def test_keys_that_say_nothing_leave_the_recipe_of_a_dataset_as_it_was(
     prepare(named)
     assert read_manifest(tmp_path / "named")["recipe"]["source"]["ignore"] == ["score"]
     assert json.loads((tmp_path / "named/manifest.json").read_text())["format_version"] == 2
+
+
+def unsealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in manifest.items() if key != SEAL}
+
+
+def test_a_license_is_told_by_the_manifest_and_may_be_named_later(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """It changes nothing in the dataset: neither its fingerprint nor a file."""
+    sources = [
+        {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", [turn("Hi", name)]))} for name in "ab"
+    ]
+    out = tmp_path / "out"
+
+    def made(*licenses: str | None) -> tuple[dict[str, Any], list[str]]:
+        said: list[str] = []
+        pairs = zip(sources, licenses, strict=True)
+        named = [source | ({"license": text} if text else {}) for source, text in pairs]
+        tree = {"model": str(tiny_model), "out": str(out), "source": named}
+        prepare(build_recipe(DatasetConfig, tree, Path("recipe.yaml"), ()), said.append)
+        return read_manifest(out), said
+
+    before, _ = made(None, None)
+    assert "licenses" not in before
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(module, "begin", None)  # nothing is prepared again
+        named, said = made(None, "cc-by-4.0")
+        assert said == [f"{out}: the licenses that the recipe names are in manifest.json now"]
+        assert made(None, "cc-by-4.0") == (named, [])
+        assert made(None, None)[0] == before
+    told = {"licenses": [{"source": sources[1]["path"], "license": "cc-by-4.0"}]}
+    assert unsealed(named) == unsealed(before) | told
+    assert listed_files(out), "the manifest's digest is of what it says now"
+    shutil.rmtree(out)
+    assert made(None, "cc-by-4.0")[0] == named, "the same, if it is named from the start"
+
+    write_json(out / MANIFEST, named | {"shared_ids": 7})
+    with pytest.raises(ShardError, match="manifest.json has SHA-256 .* not what was written"):
+        made(None, None)
+
+
+def test_the_manifest_tells_which_sources_are_of_the_hub(tmp_path: Path, tiny_model: Path) -> None:
+    """Where the name of one can be told from a folder's: in the folder that prepare runs in."""
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", [turn("Hi", "Ho")]))
+    paths = ["someone/dogs", rows, "someone/cats"]
+    assert hub_sources(recipe(tiny_model, tmp_path, {"path": paths})) == {
+        "hub": ["someone/dogs", "someone/cats"]
+    }
+    assert hub_sources(recipe(tiny_model, tmp_path, {"path": rows})) == {}
+    assert "hub" not in prepare(recipe(tiny_model, tmp_path / "out", {"path": rows}))
+
+
+def test_an_empty_license_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="^source.license must not be empty, got ' '"):
+        recipe(tiny_model, tmp_path, {"path": "rows.jsonl", "license": " "})
+
+
+def test_rows_held_out_of_ones_own_have_no_license_of_their_own(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    train, held_out = (
+        str(write_jsonl(tmp_path / f"{name}.jsonl", [turn("Hi", name)])) for name in "ab"
+    )
+    source, split = {"path": train, "license": "mit"}, {"validation": {"path": held_out}}
+    manifest = prepare(recipe(tiny_model, tmp_path / "out", source, split=split))
+    assert manifest["licenses"] == [{"source": train, "license": "mit"}]
 
 
 def test_a_column_may_name_the_rows_everywhere(tmp_path: Path, tiny_model: Path) -> None:

@@ -22,12 +22,14 @@ from phi3v.training.results import (
     check_diverged,
     divergence,
     epochs,
+    facts,
     saved,
     throughput,
     write_results,
 )
 from phi3v.training.run_folder import RunFolder
 from tests.page import Page
+from tests.tiny import QUESTION
 from tests.training.saved import save_partial
 
 
@@ -136,6 +138,26 @@ def test_summary_and_report_tell_the_throughput_and_every_dataset(
     assert "shards/one, shards/two x 0.25 (12 samples, abc)" in report
 
 
+def test_the_settings_tell_what_was_frozen_each_modules_rate_and_the_batch(
+    run: tuple[RunFolder, RunConfig],
+) -> None:
+    folder, cfg = run
+    told = facts(folder, cfg)
+    batch = json.loads((folder.path / "deepspeed.json").read_text())["train_batch_size"]
+    assert (told["frozen"], told["batch"]) == ("nothing", f"{batch} packs, float32")
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, freeze=("vision", "head")),
+        optim=replace(cfg.optim, projector_lr=3e-6),
+        debug=replace(cfg.debug, overfit_one_pack=True),
+    )
+    told = facts(folder, cfg)
+    assert told["frozen"] == "vision, head"
+    rates = "projector 3e-06, language 0.0001, embeddings 0.0001; cosine"
+    assert told["peak learning rate"] == rates
+    assert told["shards"].endswith("abc), of which the first pack alone is trained on")
+
+
 def test_epochs_are_samples_over_those_of_the_datasets_by_their_weights(
     run: tuple[RunFolder, RunConfig],
 ) -> None:
@@ -172,6 +194,7 @@ def test_data_json_tells_the_folders_splits_and_how_long_samples_are(tiny_shards
     assert train["samples"] + held_out["samples"] == 120
     assert train["images"] == train["samples"] == sum(n for _, n in train["histogram"])
     assert folder["rejected"]["count"] == 0
+    assert folder["recipe"]["source"]["user"] == QUESTION and folder["licenses"] == []
 
 
 def test_the_report_names_checkpoints_that_are_there_whole_or_not(

@@ -7,6 +7,7 @@ from typing import Any
 from phi3v.evaluation.charts import Curve, Points, line_chart
 from phi3v.evaluation.metrics import is_lower_better, is_rate
 from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
+from phi3v.evaluation.report.words import rows_of
 
 Step = Mapping[str, Any]
 """One line of metrics.jsonl."""
@@ -45,13 +46,13 @@ def training_section(steps: Sequence[Step]) -> str:
 
 
 def evaluation_section(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """The held-out loss and each metric over the steps, with their 95% intervals."""
+    """The loss and each metric of the evaluations over the steps, with their 95% intervals."""
     names = dict.fromkeys(name for entry in evaluations for name in entry["metrics"])
-    of_others = controls(names)
+    of_others, what = controls(names), rows_of(evaluations)
     loss = Curve("loss", _points(evaluations, "loss"))
-    charts = [line_chart("Held-out loss (lower is better)", [loss])]
+    charts = [line_chart(f"{what.capitalize()} loss (lower is better)", [loss])]
     for name in (name for name in names if name not in of_others):
-        lines = [_metric_curve(evaluations, name, "held-out")]
+        lines = [_metric_curve(evaluations, name, what)]
         for prefix, label in ((BLIND, "blind control"), (CONSTANT, "constant answer")):
             if prefix + name in of_others:
                 lines.append(_metric_curve(evaluations, prefix + name, label))

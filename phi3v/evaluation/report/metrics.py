@@ -1,17 +1,17 @@
 """The table of held-out metrics, each beside its controls."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from phi3v.evaluation.metrics import describe
 from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
-from phi3v.evaluation.report.words import interval_fault, metric_value
+from phi3v.evaluation.report.words import interval_fault, metric_value, rows_of
 
 BLIND_TEXT = (
     "Blind control: the same rows with their pictures exchanged, so that each question is asked "
-    "about another row's picture. A model that does as well blind has learnt the text and not the "
-    "picture."
+    "about another row's picture, where there is one to exchange it for. A model that does as well "
+    "blind has learnt the text and not the picture."
 )
 CONSTANT_TEXT = (
     "Constant answer: every row is given the most frequent answer of the training split, or the "
@@ -19,31 +19,45 @@ CONSTANT_TEXT = (
 )
 
 
-def metrics_section(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """`metrics` of summary.json as a table."""
+CONTROLS = ((BLIND, "blind control", BLIND_TEXT), (CONSTANT, "constant answer", CONSTANT_TEXT))
+
+
+def metrics_section(
+    metrics: Mapping[str, Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """`metrics` of summary.json as a table; a control that no metric has is not spoken of.
+
+    evaluations  lines of evaluations.jsonl, of which the last gave the metrics
+    """
     if not metrics:
         return ""
-    of_others = controls(metrics)
-    rows = "".join(_row(name, metrics) for name in metrics if name not in of_others)
-    texts = {BLIND: BLIND_TEXT, CONSTANT: CONSTANT_TEXT}
-    shown = [
-        text for prefix, text in texts.items() if any(name.startswith(prefix) for name in of_others)
-    ]
-    note = f'<p class="note">{escape(" ".join(shown))}</p>' if shown else ""
+    of_others, what = controls(metrics), rows_of(evaluations[-1:])
+    measured = [c for c in CONTROLS if any(name.startswith(c[0]) for name in of_others)]
+    rows = "".join(
+        _row(name, metrics, what, [prefix for prefix, _, _ in measured])
+        for name in metrics
+        if name not in of_others
+    )
+    heads = "".join(f"<th>{title}</th>" for _, title, _ in measured)
+    note = escape(" ".join(text for _, _, text in measured))
+    below = f'<p class="note">{note}</p>' if note else ""
     return (
-        '<section id="metrics"><h2>Held-out metrics</h2>'
-        '<table class="metrics"><thead><tr><th>metric</th><th>held-out value, 95% interval</th>'
-        "<th>blind control</th><th>constant answer</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table>{note}</section>\n"
+        f'<section id="metrics"><h2>{what.capitalize()} metrics</h2>'
+        f'<table class="metrics"><thead><tr><th>metric</th><th>{what} value, 95% interval</th>'
+        f"{heads}</tr></thead><tbody>{rows}</tbody></table>{below}</section>\n"
     )
 
 
-def _row(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def _row(
+    name: str, metrics: Mapping[str, Mapping[str, Any]], what: str, prefixes: Sequence[str]
+) -> str:
+    cells = "".join(
+        f'<td data-label="{prefix.strip("_")}">{_score(name, metrics.get(prefix + name))}</td>'
+        for prefix in prefixes
+    )
     return (
         f"<tr><th>{escape(name)}<small>{escape(describe(name))}</small></th>"
-        f'<td data-label="held-out">{_score(name, metrics[name])}</td>'
-        f'<td data-label="blind">{_score(name, metrics.get(BLIND + name))}</td>'
-        f'<td data-label="constant">{_score(name, metrics.get(CONSTANT + name))}</td></tr>\n'
+        f'<td data-label="{what}">{_score(name, metrics[name])}</td>{cells}</tr>\n'
     )
 
 

@@ -27,7 +27,7 @@ from phi3v.evaluation.report.records import (
     files_section,
 )
 from phi3v.evaluation.report.style import REPORT_STYLE
-from phi3v.evaluation.report.words import duration, throughput_facts, totals_facts
+from phi3v.evaluation.report.words import duration, rows_of, throughput_facts, totals_facts
 from phi3v.files import write_text
 from phi3v.page import facts_section, heading, html_page
 
@@ -77,7 +77,7 @@ def write_report(path: Path, report: Report) -> None:
 
 def _sections(report: Report) -> Iterator[tuple[str, str]]:
     summary = report.summary
-    yield "metrics", metrics_section(summary.get("metrics") or {})
+    yield "metrics", metrics_section(summary.get("metrics") or {}, report.evaluations)
     yield "evaluations", evaluation_section(report.evaluations)
     yield "training", training_section(report.steps)
     yield "throughput", facts_section("Throughput", throughput_facts(summary))
@@ -105,8 +105,8 @@ def _key_facts(report: Report) -> list[tuple[str, str]]:
         last = losses[-FINAL_STEPS:]
         label = f"loss, mean of the last {len(last)} steps (first step {losses[0]:.3g})"
         facts.append((label, f"{fmean(last):.3g}"))
-    if (held_out := report.summary.get("evaluation_loss")) is not None:
-        facts.append(("held-out loss", f"{held_out:.3g}"))
+    if (loss := report.summary.get("evaluation_loss")) is not None:
+        facts.append((f"{rows_of(report.evaluations[-1:])} loss", f"{loss:.3g}"))
     if speeds:
         facts.append(("tokens per second (median)", short_number(median(speeds))))
     if seconds:

@@ -1,6 +1,6 @@
 """A run's figures in words, with their units."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from phi3v.evaluation.metrics import is_bounded, is_rate
@@ -50,6 +50,17 @@ def loss_value(loss: float | None, digits: int = 3) -> str:
     return "not finite" if loss is None else f"{loss:.{digits}f}"
 
 
+def rows_of(evaluations: Iterable[Mapping[str, Any]]) -> str:
+    """What the rows of some evaluations are called: held-out, unless they were trained on.
+
+    evaluations  lines of evaluations.jsonl; older ones do not name their split
+    """
+    are_trained = {entry.get("split") == "train" for entry in evaluations}
+    if are_trained == {True}:
+        return "training"
+    return "evaluated" if True in are_trained else "held-out"
+
+
 def shortened(text: str) -> str:
     """The start of a text that would make the page too large."""
     if len(text) <= MOST_CHARACTERS:
@@ -97,7 +108,7 @@ _LABELS = {
     "label_tokens": "trained tokens",
     "flops": "computed in steps",
     "step_seconds": "time in steps",
-    "evaluation_loss": "held-out loss",
+    "evaluation_loss": "loss of the evaluation",
     "is_finished": "finished",
 }
 
