@@ -1,5 +1,6 @@
 """The head's loss is that of full logits, gradients included, and never makes them."""
 
+import math
 import os
 import subprocess
 import sys
@@ -25,7 +26,10 @@ from phi3v.model.loss import (
     choose_loss,
     chunked_loss,
     liger_loss,
+    mean_loss,
+    next_tokens,
 )
+from phi3v.sample import IGNORED
 
 WIDTH, VOCABULARY = 16, 48
 FACTOR = 0.37  # what the engine multiplies the loss by
@@ -215,6 +219,28 @@ def test_many_chunks_in_bf16_do_not_wear_the_gradient_away(
     given = inputs(CHUNK, torch.bfloat16)
     exact = gradients(full_loss, given[0].double(), given[1].double(), given[2])
     assert error(gradients(chunked_loss, *given)[2], exact[2]) < 1e-2
+
+
+def test_each_position_predicts_the_next_token_of_its_own_sample() -> None:
+    """Worked by hand: samples of 4, 1 and 3 tokens, whose labels are in part not trained."""
+    none = IGNORED
+    labels = torch.tensor([[10, 11, none, 13, 20, 30, 31, 32]])
+    expected = [[11, none, 13, none, none, 31, 32, none]]
+    assert next_tokens(labels, [4, 1, 3]).tolist() == expected
+    assert next_tokens(labels, [8]).tolist() == [[11, none, 13, 20, 30, 31, 32, none]]
+    assert labels.tolist() == [[10, 11, none, 13, 20, 30, 31, 32]]
+
+
+def test_the_mean_loss_of_a_batch_is_that_of_its_next_tokens() -> None:
+    """A model that is sure of the next token has no loss, of its own token a large one."""
+    labels = torch.tensor([[3, 1, 4, 1], [IGNORED, 5, 2, IGNORED]])
+    following = torch.tensor([[1, 4, 1, 0], [5, 2, 0, 0]])
+    sure = torch.nn.functional.one_hot(following, 6) * 100.0
+    assert mean_loss(sure, labels) < 1e-6
+    wrong = sure.clone()
+    wrong[0, 0] = 0  # one of the five that are trained is guessed
+    assert mean_loss(wrong, labels).item() == pytest.approx(math.log(6) / 5)
+    assert mean_loss(torch.randn(2, 4, 6), torch.full_like(labels, IGNORED)) == 0
 
 
 def test_the_head_gives_logits_or_the_loss() -> None:

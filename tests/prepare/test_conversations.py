@@ -96,6 +96,19 @@ def test_the_prompt_ends_where_the_last_answer_starts(
     assert tokenizer.decode(rest).split("<|end|>") == ["M\u00fc\U0001f600\nor so", " \n"]
 
 
+def test_the_prompt_ends_where_the_last_answer_that_is_trained_starts(
+    folder: Path, tiny_model: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    messages = [*MESSAGES[:-1], MESSAGES[-1] | {"weight": 0}]
+    sample = prepare_one(tiny_model, folder, {"messages": messages, "images": ["square.png"]})
+    assert sample.meta["reference"] == "A cat, 12 kg."
+    assert sample.meta["trained_answers"] == [True, False]
+    assert tokenizer.decode([sample.prompt_ids[-1]]) == "<|assistant|>"
+    assert sample.input_ids.tolist().count(sample.prompt_ids[-1]) == 2
+    rest = sample.input_ids[len(sample.prompt_ids) :]
+    assert tokenizer.decode(rest).startswith("A cat, 12 kg.<|end|>")
+
+
 def test_a_row_without_images_is_a_sample_without_canvases(
     folder: Path, tiny_model: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
