@@ -350,13 +350,14 @@ def test_an_engine_saved_in_training_is_what_deepspeed_itself_saves(
 ) -> None:
     """Loaded by both ways it trains alike; the files hold the same, bit for bit.
 
-    A copy takes the 25 MB of the state. Offloaded, nothing does: 0 MB were seen.
+    A copy takes the 101 MB of the state, offloaded nothing does: 84 to 117 MB were seen in eight
+    runs of the one, -17 to 0 in eight of the other; the allocator gives back what it likes.
     """
     script = Path(__file__).with_name("writing.py")
     done = run(sys.executable, script, tmp_path, *offload, cwd=ROOT, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     taken = int(re.findall(r"took (-?\d+) MB more", done.stdout)[0])
-    assert taken < 10 if offload else taken > 20
+    assert taken < 50 if offload else taken > 50
     names = [
         "zero_pp_rank_0_mp_rank_00_model_states.pt",
         "zero_pp_rank_0_mp_rank_00_optim_states.pt",

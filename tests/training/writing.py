@@ -18,7 +18,7 @@ JSON: dict[str, Any] = {
 }
 
 
-WIDTH = 1024  # of two matrices: 25 MB of masters and moments
+WIDTH = 2048  # of two matrices: 101 MB of masters and moments
 
 
 def main(folder: Path, offload: str = "") -> None:
