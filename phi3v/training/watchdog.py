@@ -177,8 +177,10 @@ def _is_launcher(process: psutil.Process) -> bool:
 def _has_lost_launcher(launchers: list[psutil.Process]) -> bool:
     """Whether a launcher died in the seconds that a rank needs to get here.
 
-    Then its child has been adopted by the machine's first process, and bears the launcher's marks:
-    a rank its variables or its argument, `launch` that it was started for one node.
+    Then its child has been adopted by the machine's first process, or will be as soon as the
+    launcher's memory has been freed (0.2 s for 1 GB): until then that has no command line any more.
+    The child bears the launcher's marks: a rank its variables or its argument, `launch` that it was
+    started for one node.
     """
     try:
         if launchers:
@@ -189,10 +191,14 @@ def _has_lost_launcher(launchers: list[psutil.Process]) -> bool:
             top = psutil.Process()
             is_given_rank = any(word.startswith("--local_rank") for word in sys.argv)
             is_started = is_given_rank or "TORCHELASTIC_RUN_ID" in os.environ
-        parent = top.parent()
-        return is_started and (parent is None or parent.pid == 1 or parent.name() == "systemd")
+        return is_started and _is_no_launcher_any_more(top.parent())
     except psutil.NoSuchProcess:  # has gone this moment
         return True
+
+
+def _is_no_launcher_any_more(parent: psutil.Process | None) -> bool:
+    """Whether it is the machine's first process, or that of a user's session, or is dying."""
+    return parent is None or parent.pid == 1 or parent.name() == "systemd" or not parent.cmdline()
 
 
 def _watch(launchers: list[psutil.Process], signals: int) -> None:

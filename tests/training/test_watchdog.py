@@ -321,3 +321,31 @@ def test_a_rank_whose_launcher_died_before_it_looked_ends_at_once(
     )
     assert done.stdout == ("" if marks else "alive\n")
     assert ("rank 0: its launcher was gone before it had started" in done.stderr) == bool(marks)
+
+
+@pytest.mark.parametrize("marks", [{"TORCHELASTIC_RUN_ID": "1"}, {}])
+def test_a_rank_whose_launcher_is_dying_while_it_looks_ends_at_once(marks: dict[str, str]) -> None:
+    """A launcher that was killed is the parent for as long as its memory is being freed.
+
+    That takes 0.1 s for 400 MB, in which the rank, on a busy machine, may not have its turn.
+    """
+    rank = (
+        f"{BARE}\nimport os; from phi3v.training.watchdog import end_with_launcher\n"
+        "print('ready', flush=True); parent = os.getppid(); command = f'/proc/{parent}/cmdline'\n"
+        "while os.getppid() == parent and open(command).read(): pass\n"
+        "assert os.getppid() == parent, 'too late'\n"
+        "end_with_launcher(); print('alive', flush=True)"
+    )
+    launcher = (
+        "import os, signal, subprocess, sys\n"
+        "rank = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE)\n"
+        "rank.stdout.readline(); memory = bytearray(b'x') * 400_000_000\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command, environment = [sys.executable, "-c", launcher, rank], os.environ | marks
+    for _ in range(10):
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if "too late" not in done.stderr:
+            break
+    ends = "rank 0: its launcher was gone before it had started"
+    assert (ends in done.stderr) == bool(marks) and "too late" not in done.stderr
