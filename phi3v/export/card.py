@@ -278,10 +278,8 @@ def _training_facts(records: Records) -> Iterator[str]:
             f"and {cfg.data.max_views} views at most"
         )
         yield f"precision: {'bfloat16' if is_bf16 else 'float32'}; {ds['optimizer']['type']}"
-    yield (
-        f"saved: {manifest['saved_at'][:19]}Z by {manifest['world_size']} ranks, ZeRO stage "  # UTC
-        f"{manifest['zero_stage']}"
-    )
+    num, when = manifest["world_size"], manifest["saved_at"][:19]  # UTC
+    yield f"saved: {when}Z by {num} rank{'s' * (num > 1)}, ZeRO stage {manifest['zero_stage']}"
     named = {name: version for name, version in manifest["versions"].items() if version}
     yield "versions: " + ", ".join(f"{name} {version}" for name, version in named.items())
     yield (

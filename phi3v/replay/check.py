@@ -50,13 +50,17 @@ class Pair:
 
 @dataclass
 class Check:
-    """What was compared so far; on all ranks the same."""
+    """What was compared so far; on all ranks the same.
+
+    has_single  a step's loss of its samples one by one is among it
+    """
 
     again: Again
     worst: float = 0.0
     compared: set[int] = field(default_factory=set)
     wrong: set[int] = field(default_factory=set)
     ranks: set[Any] = field(default_factory=set)
+    has_single: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -67,6 +71,11 @@ class Check:
         for line, result in self.again.steps(last):
             self.ranks.add(line.get("ranks", "an unknown number of"))
             yield self.compare(line["step"], pairs_of(line, result))
+
+    def compare_single(self, step: int, loss: Pair) -> str:
+        """The same of the loss that a step's samples give one by one, in another order of sums."""
+        self.has_single = True
+        return self.compare(step, (loss,))
 
     def compare(self, step: int, pairs: tuple[Pair, ...]) -> str:
         """Note how far the numbers of a step are off, and say it."""
@@ -104,6 +113,7 @@ class Check:
         others = sorted(str(ranks) for ranks in self.ranks - {own})
         num = f"{own} rank{'s' * (own > 1)}"
         reasons = [f"{num} instead of {' and '.join(others)}"] if others else []
+        reasons += ["a step's samples one by one"] * self.has_single
         now: Mapping[str, Any] = describe_environment(own)
         reasons += [f"another {name}" for name in MACHINE if written.get(name) != now[name]]
         if run.device.type != "cpu" and not run.cfg.debug.deterministic:

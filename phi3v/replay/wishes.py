@@ -62,7 +62,7 @@ def _take_again(step: TakenStep, wishes: Wishes, ranks: Ranks) -> None:
             say(line)
         if wishes.bisect:
             carriers = measure(again)
-            say(check.compare(step.number, (step_loss(step, carriers),)))
+            say(check.compare_single(step.number, step_loss(step, carriers)))
             if ranks.is_first:
                 print(*describe(step, carriers), sep="\n", flush=True)
         if wishes.check:

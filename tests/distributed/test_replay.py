@@ -101,7 +101,10 @@ def test_one_rank_agrees_and_names_the_sample_that_carries_the_spike(
     assert adds[0] > 100 * max(adds[1], 1e-9)
     found = float(lines[head - 2].split("one by one ")[1].split(",")[0])
     assert found == pytest.approx(metrics(trained / "run")[step - 1]["loss"], rel=1e-5)
-    assert " off at most, 0.0001 agree; with 1 rank instead of 2" in lines[-1]
+    assert (
+        " off at most, 0.0001 agree; with 1 rank instead of 2, a step's samples one by one"
+        in lines[-1]
+    )
     assert contents(trained / "run") == before and not list(tmp_path.glob("phi3v-replay-*"))
 
 
