@@ -183,3 +183,10 @@ def test_the_names_of_json_metrics_are_known_and_misspelt_ones_refused() -> None
     for name in ("json.a_f1", "json._accuracy", "json_accuracy"):
         with pytest.raises(ConfigError, match=re.escape(f"eval.metrics has '{name}', ")):
             find_metrics([name], None)
+
+
+def test_a_field_counts_as_often_as_it_is_there() -> None:
+    assert field_f1("[1, 1, 1]", "[1, 1, 1]") == 1.0
+    assert field_f1("[1]", "[1, 1, 1]") == field_f1("[1, 1, 1]", "[1]") == 2 / 4
+    assert field_accuracy("[1, 1, 2]", "[1, 1, 1]") == 2 / 3
+    assert field_accuracy("[1, 1, 1]", "[1]") == 1.0, "fields too many cost nothing here"

@@ -109,6 +109,16 @@ def test_the_prompt_ends_where_the_last_answer_that_is_trained_starts(
     assert tokenizer.decode(rest).startswith("A cat, 12 kg.<|end|>")
 
 
+def test_a_sample_has_at_most_max_tokens(folder: Path, tiny_model: Path) -> None:
+    row = {"messages": MESSAGES, "images": ["square.png"]}
+    length = len(prepare_one(tiny_model, folder, row).input_ids)
+    source = {"path": str(folder / "rows.jsonl")}
+    prepare(recipe(tiny_model, folder / "exact", source, max_tokens=length))
+    assert len(Dataset(folder / "exact", "train")) == 1
+    with pytest.raises(ConfigError, match=f"too many tokens: {length}, max_tokens is {length - 1}"):
+        prepare(recipe(tiny_model, folder / "less", source, max_tokens=length - 1))
+
+
 def test_a_row_without_images_is_a_sample_without_canvases(
     folder: Path, tiny_model: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

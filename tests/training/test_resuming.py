@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 
 from phi3v.data.packing import Position
+from phi3v.errors import CheckpointError
 from phi3v.training.checkpoints.convert import convert
 from phi3v.training.checkpoints.resuming import Choice, choose
 from phi3v.training.checkpoints.store import (
@@ -99,6 +100,23 @@ def test_a_converted_checkpoint_has_a_manifest_of_all_its_files_and_is_used_agai
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(
+    tmp_path: Path, capsys: Capture, damage: Callable[[Path], None]
+) -> None:
+    expected = save_ranks(tmp_path)
+    save_ranks(tmp_path, step=4, seed=1)
+    damaged = tmp_path / step_name(4)
+    damage(damaged / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    take_up(tmp_path)
+    said = f"{damaged} is damaged, an older one is taken: zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    assert said in capsys.readouterr().err
+    assert_holds(tmp_path / CONVERTED, expected)
+    damage(tmp_path / TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(CheckpointError):
+        choose(tmp_path, ONE, lambda: None)
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
