@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -278,8 +279,9 @@ def test_ctrl_c_ends_a_command_with_130_and_defects_keep_their_traceback() -> No
 
 
 @pytest.fixture
-def handlers() -> Iterator[None]:
-    """Signal handlers are as they were afterwards."""
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Signal handlers are as they were afterwards, and nobody has spoken before."""
+    monkeypatch.setattr("phi3v.training.ranks._speaking", threading.Lock())
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield

@@ -176,6 +176,7 @@ def test_a_form_of_before_whose_manifest_is_its_checkpoints_is_made_again(
     assert_holds(tmp_path / CONVERTED, expected)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_conversion_that_was_killed_is_used(tmp_path: Path) -> None:
     expected: dict[str, torch.Tensor] = {}
 
