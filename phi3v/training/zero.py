@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
@@ -18,6 +19,7 @@ from phi3v.devices import check_shared_memory, take_device
 from phi3v.errors import Phi3VError
 from phi3v.model import LAYERS
 from phi3v.model.weights import WeightFiles, check_shapes, parameter_places
+from phi3v.training.checkpoints.loading import data_only
 from phi3v.training.extensions import load_extensions
 from phi3v.training.meeting import Turn, meet
 from phi3v.training.norms import module_norms, record_norms
@@ -36,13 +38,22 @@ def start_process_group(seconds: float = 1800.0) -> torch.device:
     ranks = own_ranks()
     device = take_device(ranks.local_rank, ranks.local_size)
     check_shared_memory(ranks.local_size)
-    server = meet(ranks, device, seconds)
+    store = meet(ranks, device, seconds)
     timeout = timedelta(seconds=seconds + MARGIN_SECONDS)
+    store.set_timeout(timeout)
+    is_bound = device.type == "cuda" and ranks.world_size > 1  # as DeepSpeed would do it
+    torch.distributed.init_process_group(
+        get_accelerator().communication_backend_name(),
+        timeout=timeout,
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=device if is_bound else None,
+    )
     # On CPU DeepSpeed would compile an operator here, for inference alone: half a minute, a lock
     # that a killed start leaves, and 69 MB of shared memory a rank.
     deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
-    del server  # the process group has found it
+    deepspeed.init_distributed(timeout=timeout, verbose=False)  # it takes the group that is there
     share_mistakes()
     return device
 
@@ -192,9 +203,13 @@ def first_rank_does_slowly(
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str) -> None:
-    """Load a checkpoint of this number of ranks; all ranks call."""
+    """Load a checkpoint of this number of ranks; all ranks call.
+
+    Raises: CheckpointError if one of its files holds anything else than data.
+    """
     engine._config.load_universal_checkpoint = False
-    engine.load_checkpoint(str(folder), tag=tag)
+    with data_only(folder / tag):
+        engine.load_checkpoint(str(folder), tag=tag)
 
 
 def total_norm(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -104,8 +104,7 @@ def test_outside_a_launcher_there_is_one_rank_on_this_machine(variables: dict[st
     ranks = set_environment()
     assert ranks == Ranks(rank=0, world_size=1, local_rank=0, local_size=1)
     assert ranks.is_first
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-    assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
+    assert not {"MASTER_ADDR", "MASTER_PORT"} & os.environ.keys(), "it meets nobody"
 
 
 @pytest.mark.parametrize("variables", [{}, DEEPSPEED, TORCHRUN, STEP_WITH_ADDRESS])
@@ -244,17 +243,10 @@ def test_compiled_kernels_are_kept_where_nobody_else_writes(tmp_path: Path) -> N
         set_environment()
     folder = tmp_path / f"phi3v-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
-    assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
-
-
-def test_a_folder_that_others_can_write_to_is_not_used_for_kernels(tmp_path: Path) -> None:
-    """Somebody who can put a file there would have it run by us."""
-    (tmp_path / f"phi3v-{os.getuid()}").mkdir()
-    (tmp_path / f"phi3v-{os.getuid()}").chmod(0o777)
-    with mock.patch("tempfile.tempdir", str(tmp_path)):
-        set_environment()
-    assert "TRITON_CACHE_DIR" not in os.environ
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        assert os.environ[variable] == str(folder / name)
+        assert (folder / name).stat().st_mode & 0o777 == 0o700
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(Path(sys.prefix, "torch_extensions"))
 
 
 def test_only_the_warning_about_renamed_collectives_is_silenced() -> None:

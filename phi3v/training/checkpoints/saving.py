@@ -183,10 +183,11 @@ def random_name(rank: int) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """What every random number of this process follows from."""
+    """What every random number of this process follows from, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if has_cuda() else None,
     }
