@@ -21,7 +21,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from ipaddress import ip_address
 
@@ -31,7 +30,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from phi3v.devices import name_of
 from phi3v.errors import ConfigError
-from phi3v.training.ranks import Ranks, loopback
+from phi3v.training.ranks import Ranks
 
 POLL_SECONDS = 0.05
 ASKS_PER_SECOND = 4000  # of all ranks together, which one thread of the first rank's answers
@@ -52,7 +51,7 @@ def meet(ranks: Ranks, device: torch.device, seconds: float) -> Store:
     if ranks.world_size == 1:
         return HashStore()
     is_one_host = ranks.local_size == ranks.world_size
-    address, port = _reachable(os.environ["MASTER_ADDR"], is_one_host), _port()
+    address, port = os.environ["MASTER_ADDR"], _port()
     deadline = time.monotonic() + seconds
     whole = (
         _listen(address, port, ranks.world_size, is_one_host)
@@ -125,20 +124,6 @@ def _port() -> int:
     return int(text)
 
 
-def _reachable(address: str, is_one_host: bool) -> str:
-    """MASTER_ADDR, or loopback where it is this host's own name and nobody knows it.
-
-    torchrun says the host's name, which a container often cannot resolve: its ranks would try for
-    ever.
-    """
-    if not is_one_host or address not in (socket.gethostname(), socket.getfqdn()):
-        return address
-    with suppress(OSError):
-        socket.getaddrinfo(address, None)
-        return address
-    return loopback()
-
-
 def _listen(address: str, port: int, world_size: int, is_one_host: bool) -> Store:
     server = _bind(address, port, is_one_host)
     return TCPStore(
@@ -201,8 +186,8 @@ def _places(address: str, port: int) -> list[tuple[int, tuple[str, int]]]:
 def _unknown(address: str, error: OSError) -> str:
     return (
         f"{socket.gethostname()} does not know {address}, where the ranks are to meet "
-        f"({error.strerror}); set MASTER_ADDR (torchrun: --master_addr, or --local_addr with "
-        "--rdzv_backend) to an address that all hosts reach, 127.0.0.1 if it is one host"
+        f"({error.strerror}); set MASTER_ADDR (torchrun: --local_addr) to an address "
+        "that all hosts reach, 127.0.0.1 if it is one host"
     )
 
 

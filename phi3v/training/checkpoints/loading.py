@@ -52,6 +52,7 @@ NUMPY = (
 )
 FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 WANTED = re.compile(r"GLOBAL (\S+)")
+TOLD, FIRST = re.compile(r"WeightsUnpickler error: (.{,120})"), re.compile(r"(.{1,120})")
 
 
 def load_data(path: Path, mmap: bool = False) -> Any:
@@ -113,11 +114,15 @@ def _culprit(folder: Path) -> Path:
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
-    if wanted := WANTED.search(str(error)):
-        reason = f"names {wanted[1]}, which is no data: a file that names code is not read"
-    else:
-        words = str(error).strip().splitlines()
-        reason = f"is no file of tensors and plain values ({words[-1] if words else repr(error)})"
+    text = str(error)
+    if wanted := WANTED.search(text):
+        return CheckpointError(
+            f"{path} names {wanted[1]}, which is code and not data, so it is not read; take a "
+            "checkpoint of somebody whom you trust, or train it anew"
+        )
+    told = TOLD.search(text) or FIRST.search(text)
     return CheckpointError(
-        f"{path} {reason}; take a checkpoint from somebody you trust, or train it anew"
+        f"{path} cannot be read as tensors and plain values ({type(error).__name__}: "
+        f"{told[1] if told else 'no reason given'}); bring it back from a copy, or take another "
+        "checkpoint"
     )

@@ -110,11 +110,12 @@ class Saver:
         Raises: CheckpointError on all ranks if one could not write; what it had written is removed.
         """
         while True:
-            states = zero.gather_objects((self.writer.is_busy, self.writer.error))
-            failures = [error for _, error in states if error]
+            error = self.writer.error
+            states = zero.gather_objects((self.writer.is_busy, error and str(error)))
+            failures = [words for _, words in states if words]
             if failures:
                 self._give_up()
-                raise failures[0]
+                raise CheckpointError(failures[0])
             if not any(is_busy for is_busy, _ in states):
                 return
             time.sleep(POLL_SECONDS)
