@@ -28,11 +28,11 @@ def weakness(folder: Path, like: Path | None = None) -> str | None:
         if folder.resolve().is_relative_to(like.resolve()):
             open_bits &= ~like.stat().st_mode
     for place in dict.fromkeys((Path(os.path.abspath(folder)), folder.resolve())):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # nothing there, or not for us to see
             if reason := _own_weakness(place, owners, open_bits):
                 return reason
         for above in place.parents:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # nothing there, or not for us to see
                 mode = above.stat().st_mode
                 if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
                     return f"everybody can put another in its place, for {above} is open to all"

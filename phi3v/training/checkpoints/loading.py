@@ -114,7 +114,7 @@ def _culprit(folder: Path) -> Path:
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
-    text = str(error)
+    text = "".join(c for c in str(error) if c.isprintable() or c == "\n")
     if wanted := WANTED.search(text):
         return CheckpointError(
             f"{path} names {wanted[1]}, which is code and not data, so it is not read; take a "
