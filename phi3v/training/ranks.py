@@ -216,6 +216,8 @@ def _set_meeting_point(ranks: Ranks) -> None:
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_address(os.environ["SLURM_STEP_NODELIST"])
         os.environ.setdefault("MASTER_PORT", str(20000 + _integer("SLURM_JOB_ID") % 10000))
+    if ranks.local_size == ranks.world_size:  # else gloo listens where the host's name leads
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(

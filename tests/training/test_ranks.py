@@ -4,12 +4,14 @@ import errno
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,6 +23,7 @@ from phi3v.errors import ConfigError, Stopped
 from phi3v.training.ranks import (
     RANK_VARIABLES,
     Ranks,
+    free_port,
     run_command,
     set_environment,
 )
@@ -46,6 +49,8 @@ TORCHRUN = {
     "MASTER_ADDR": "10.0.0.7",
     "MASTER_PORT": "29500",
 }
+ONE_HOST = TORCHRUN | {"LOCAL_WORLD_SIZE": "5", "LOCAL_RANK": "3"}
+ONE_HOST |= {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
 STEP = {  # as srun sets them for the fourth of 5 tasks on 3 nodes
     "SLURM_JOB_ID": "123456",
     "SLURM_NTASKS": "9",  # the job's, not the step's
@@ -127,6 +132,33 @@ def test_ranks_without_an_address_meet_at_the_first_nodes_address(tmp_path: Path
     set_environment()
     assert (tmp_path / "scontrol.asked").read_text() == "show node --oneliner gpu07\n"
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "23456")
+
+
+@pytest.mark.parametrize("families", [{"AF_INET6"}, {"AF_INET"}, set()])
+def test_a_port_is_found_on_a_machine_with_one_kind_of_loopback(
+    families: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Missing(socket.socket):
+        def bind(self, address: Any) -> None:
+            if self.family.name not in families:
+                raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", Missing)
+    if families:
+        assert free_port() > 1024
+        return
+    with pytest.raises(ConfigError, match=" has neither 127.0.0.1 nor ::1, by which its ranks are"):
+        free_port()
+
+
+@pytest.mark.parametrize(("variables", "found"), [(TORCHRUN, None), (ONE_HOST, "lo")])
+def test_ranks_of_one_host_speak_over_its_loopback(
+    variables: dict[str, str], found: str | None
+) -> None:
+    os.environ.update(variables)
+    set_environment()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == found
 
 
 def without(variables: dict[str, str], name: str) -> dict[str, str]:
