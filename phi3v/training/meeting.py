@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from phi3v.devices import name_of
 from phi3v.errors import ConfigError
-from phi3v.training.ranks import Ranks
+from phi3v.training.ranks import Ranks, loopback
 
 POLL_SECONDS = 0.05
 ASKS_PER_SECOND = 4000  # of all ranks together, which one thread of the first rank's answers
@@ -134,13 +134,25 @@ def _listen(address: str, port: int, world_size: int, is_one_host: bool) -> Stor
 
 
 def _bind(address: str, port: int, is_one_host: bool) -> socket.socket:
-    """Listen at the address where the ranks meet, and at no other if that is one of this host's."""
-    for family, place in _places(address, port):
+    """Listen at the address where the ranks meet, and at no other if that is one of this host's.
+
+    Raises: ConfigError if the name is not known, the port is in use, or it is a loopback address
+    that this host has not.
+    """
+    places = _places(address, port)
+    for family, place in places:
         # Of its own name a host may have 127.0.1.1, where no other host reaches it.
         if not is_one_host and ip_address(place[0]).is_loopback:
             continue
         if (server := _serve(family, place)) is not None:
             return server
+    if is_one_host and all(ip_address(place[0]).is_loopback for _, place in places):
+        raise ConfigError(
+            f"{socket.gethostname()} has no address {address}, where its ranks are to meet; bring "
+            f"it up (ip addr add {address} dev lo), or start the ranks with MASTER_ADDR="
+            f"{loopback()} by srun or your own script: the launchers of deepspeed and torchrun "
+            "overwrite it"
+        )
     print(
         f"the first rank listens at port {port} of all addresses of {socket.gethostname()}, for "
         f"{address} is none of them that other hosts reach; see docs/security.md",

@@ -210,14 +210,14 @@ def _set_ranks(ranks: Ranks, node: int, num_nodes: int) -> None:
 
 def _set_meeting_point(ranks: Ranks) -> None:
     """Set MASTER_ADDR and MASTER_PORT where absent: where rank 0 of several listens."""
+    if ranks.local_size == ranks.world_size:  # else gloo listens where the host's name leads
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if ranks.world_size == 1:
         return  # nobody is to be met
     if "SLURM_STEP_NODELIST" in os.environ and "SLURM_JOB_ID" in os.environ:
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_address(os.environ["SLURM_STEP_NODELIST"])
         os.environ.setdefault("MASTER_PORT", str(20000 + _integer("SLURM_JOB_ID") % 10000))
-    if ranks.local_size == ranks.world_size:  # else gloo listens where the host's name leads
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(

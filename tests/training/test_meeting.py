@@ -147,6 +147,16 @@ def test_where_other_hosts_would_not_reach_it_it_listens_everywhere_and_says_so(
     )
 
 
+def test_a_loopback_address_that_this_host_has_not_is_told_with_the_one_that_it_has(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where IPv6 alone is there; the ranks would knock at it for half an hour."""
+    monkeypatch.setattr(meeting, "_serve", lambda family, place: None)
+    said = f"^{socket.gethostname()} has no address 127.0.0.1, where its ranks are to meet; bring "
+    with pytest.raises(ConfigError, match=said + ".*MASTER_ADDR=127.0.0.1 by srun"):
+        meeting._bind("127.0.0.1", port, is_one_host=True)
+
+
 def test_a_name_that_is_not_known_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*args: Any, **kwargs: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

@@ -152,7 +152,7 @@ def test_a_port_is_found_on_a_machine_with_one_kind_of_loopback(
         free_port()
 
 
-@pytest.mark.parametrize(("variables", "found"), [(TORCHRUN, None), (ONE_HOST, "lo")])
+@pytest.mark.parametrize(("variables", "found"), [(TORCHRUN, None), (ONE_HOST, "lo"), ({}, "lo")])
 def test_ranks_of_one_host_speak_over_its_loopback(
     variables: dict[str, str], found: str | None
 ) -> None:
