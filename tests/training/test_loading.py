@@ -69,10 +69,15 @@ def test_a_program_of_torchs_is_refused_as_well(tmp_path: Path) -> None:
 
 
 def test_what_is_no_such_file_is_named_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.pt").write_bytes(b"half a file \x1b[2J")
+    (tmp_path / "a.pt").write_bytes(b"half a file")
     said = refusal(tmp_path / "a.pt")
     assert said.startswith(f"{tmp_path / 'a.pt'} cannot be read as tensors and plain values (")
     assert said.endswith("bring it back from a copy, or take another checkpoint")
+
+
+def test_what_a_file_names_is_printed_without_its_control_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"\x80\x02c\x1b[2Jmod\nname\n.")
+    assert " names [2Jmod.name, which is code and not data" in refusal(tmp_path / "a.pt")
 
 
 def test_loads_that_ask_for_everything_get_data_alone(folder: Path, mark: Path) -> None:
