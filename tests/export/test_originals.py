@@ -10,6 +10,7 @@ import torch
 from transformers import AutoImageProcessor, AutoProcessor
 
 from phi3v.errors import CheckpointError, ConfigError
+from phi3v.export import originals
 from phi3v.export.opening import base_of
 from phi3v.export.originals import write_originals, write_text_originals
 from phi3v.export.target import ORIGIN
@@ -253,3 +254,13 @@ def test_an_index_that_names_weights_elsewhere_is_refused(base: Path, name: str)
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=f"names '{name}', which is not in its folder; "):
         Phi3VForCausalLM.from_pretrained(base)
+
+
+def test_nothing_but_a_plain_name_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(originals, "find_base", lambda model, name: asked.append(name))
+    maps = {"A": "../secret.X", "B": ["/home/me/secret.X", "own.X", "some/one--x.X"]}
+    assert dict(originals._code_files("some/one", maps)).keys() == {
+        *("../secret", "/home/me/secret", "own")
+    }
+    assert asked == ["own.py"]
