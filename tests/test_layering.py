@@ -13,7 +13,17 @@ PACKAGE = ROOT / "phi3v"
 # A layer may import those below it; packages of one line do not import each other.
 LAYERS = (
     {"errors"},
-    {"geometry", "files", "places", "progress", "page", "config", "devices", "functions"},
+    {
+        "geometry",
+        "files",
+        "places",
+        "progress",
+        "page",
+        "config",
+        "devices",
+        "functions",
+        "private",
+    },
     {"sample", "views", "pictures"},
     {"processing", "data", "model"},
     {"prepare", "evaluation"},

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,9 +97,9 @@ def evaluate(
 ) -> Evaluation:
     """Answer `settings.rows` rows of a split of some datasets, shared among ranks, and score them.
 
-    `gather` collects one object of every rank on each; all ranks return the same evaluation, and
-    without eval.max_seconds it is the same for any number of them. `name` is of the model, for a
-    line about rows left out, where several models are evaluated.
+    `gather` collects one value of every rank on each, one that JSON can say; all ranks return the
+    same evaluation, and without eval.max_seconds it is the same for any number of them. `name` is
+    of the model, for a line about rows left out, where several models are evaluated.
     Raises: ConfigError if the split has no rows or a metric does not fit; Interrupted on all ranks
     if one of them was.
     """
@@ -108,7 +108,7 @@ def evaluate(
     share: _Share | None = None
     with suppress(Interrupted):
         share = _do_share(Job(generator, dataset, settings, rank, world_size), rows)
-    shares: list[_Share | None] = gather(share) if gather else [share]
+    shares = [_as_share(values) for values in gather(_as_values(share))] if gather else [share]
     whole = [share for share in shares if share is not None]
     if len(whole) < len(shares):
         raise Interrupted
@@ -135,6 +135,19 @@ def _do_share(job: Job, rows: Sequence[int]) -> _Share:
     losses = sum_losses(job, None if box is None else LOSS_SHARE * box)
     left = None if box is None else box - (time.monotonic() - began)
     return answer_share(job, rows, left), losses
+
+
+def _as_values(share: _Share | None) -> Any:
+    """A share as JSON can say it."""
+    return share and [[asdict(part) for part in parts] for parts in share]
+
+
+def _as_share(values: Any) -> _Share | None:
+    if values is None:
+        return None
+    outcomes, losses = values
+    made = [Outcome(**row | {"references": tuple(row["references"])}) for row in outcomes]
+    return made, [PackLoss(**loss) for loss in losses]
 
 
 def _score(

@@ -6,6 +6,7 @@ than the base. The tokenizer and the code that they name are copied as they are.
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ NAMING_CODE = (
     "processor_config.json",
     "tokenizer_config.json",
 )
+MODULE = re.compile(r"[\w-]+")  # beside the JSON that names it
 DROPPED_KEYS = ("_attn_implementation", "_name_or_path")
 TEXT_TYPE = "phi3"  # model_type of the language model alone
 # What llama.cpp must not read: code of another architecture, and what is not in the text model.
@@ -55,7 +57,7 @@ def write_originals(
 
     pictures      how the run showed them; None: as the base does
     preprocessor  what is written where the base has no preprocessor_config.json
-    Raises: ConfigError if the base has no config.json.
+    Raises: ConfigError if the base has no config.json, or a file that is a link to another one.
     """
     write_json(out / "config.json", _edited_config(model, dtype))
     _copy(model, VERBATIM, out)
@@ -133,8 +135,15 @@ def _edit_preprocessor(path: Path, pictures: PictureSettings) -> None:
 
 def _copy(model: str, names: tuple[str, ...], out: Path) -> None:
     for name in names:
-        if (file := find_base(model, name)) is not None:
-            shutil.copyfile(file, out / name)
+        file = find_base(model, name)
+        if file is None:
+            continue
+        if not _is_within(model, file) and file.resolve().name != name:
+            raise ConfigError(
+                f"{file} is a link to {file.resolve()}, which would be published as the base "
+                "model's; put the file itself there"
+            )
+        shutil.copyfile(file, out / name)
 
 
 def _write_generation(model: str, out: Path) -> None:
@@ -152,7 +161,7 @@ def _copy_code(model: str, out: Path, name: str) -> str | None:
     every loader with trust_remote_code fail.
     """
     content = json.loads((out / name).read_text(encoding="utf-8"))
-    files = dict(_code_files(model, content.get("auto_map", {})))
+    files = dict(_code_files(model, content.get("auto_map") or {}))
     if missing := next((module for module, file in files.items() if file is None), None):
         write_json(out / name, {k: v for k, v in content.items() if k != "auto_map"})
         return f"{missing}.py"
@@ -161,20 +170,32 @@ def _copy_code(model: str, out: Path, name: str) -> str | None:
     return None
 
 
-def _code_files(
-    model: str, auto_map: Mapping[str, str | list[str | None]]
-) -> Iterator[tuple[str, Path | None]]:
+def _code_files(model: str, auto_map: Any) -> Iterator[tuple[str, Path | None]]:
     """The modules that an `auto_map` names and those they import, each with its file or None.
 
-    An entry is "module.Class", or a list of these; "repository--module.Class" lies elsewhere.
+    An entry is "module.Class", or a list of these; "repository--module.Class" lies elsewhere. What
+    is not a plain name is not looked for, nor is a link followed out of the folder:
+    /home/me/secret.py would come along and be published.
     """
-    entries = [e if isinstance(e, list) else [e] for e in auto_map.values()]
-    names = [name for entry in entries for name in entry if name and "--" not in name]
-    waiting, seen = [name.split(".")[0] for name in names], set[str]()
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    entries = [e if isinstance(e, list) else [e] for e in values]
+    names = [str(name) for entry in entries for name in entry if name]
+    waiting, seen = [name.rpartition(".")[0] or name for name in names if "--" not in name], set()
     while waiting:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
-            file = find_base(model, f"{module}.py")
+            file = find_base(model, f"{module}.py") if MODULE.fullmatch(module) else None
+            file = file if file and _is_within(model, file) else None
             yield module, file
             waiting += get_relative_imports(file) if file else []
+
+
+def _is_within(model: str, file: Path) -> bool:
+    """Whether a file lies in the base's folder, links followed; the hub's cache has its own."""
+    root = Path(model).resolve()
+    if not root.is_dir():
+        return True
+    if root.parent.name == "snapshots":  # a folder of the hub's cache, of links to ../../blobs
+        root = root.parent.parent
+    return file.resolve().is_relative_to(root)

@@ -8,42 +8,79 @@ it is looked for before a run loads its weights; at last one kernel is made and 
 
 Surprising: Triton's own cache is in the home folder, which the nodes of a cluster share, and
 torch's is named after the user in /tmp. `private_caches` puts both into one folder of the machine
-that nobody else can write to.
+that nobody else can write to; the home folder, where locks may not work, is the second choice.
 """
 
 import os
 import shutil
-import stat
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
 import torch
 
+from phi3v.errors import ConfigError
+from phi3v.private import make_private, weakness
+
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
-def private_caches() -> None:
-    """Name the folders of compiled kernels where the environment does not: below /tmp, ours alone.
+def private_caches(is_told: bool = True) -> None:
+    """Name the folders of compiled kernels where the user does not, one that is ours alone.
 
-    A folder of that name that belongs to another user is not used: torch's and Triton's own places
-    remain then.
+    What lies there is run, pickles among it. torch names a folder in /tmp after the user, and takes
+    it as it is when somebody else has made it before; once imported it may have set the variable.
+
+    is_told  whether to say which folder is taken, where it is the second choice
+
+    Raises: ConfigError if others can write to a folder that the user named, or there is none.
     """
-    folder = Path(tempfile.gettempdir(), f"phi3v-{os.getuid()}")
-    if _is_private(folder):
-        for variable, name in CACHES.items():
-            os.environ.setdefault(variable, str(folder / name))
+    unnamed = []
+    for variable, name in CACHES.items():
+        named = os.environ.get(variable)
+        if not named or _is_torchs(Path(named)):
+            unnamed.append((variable, name))
+        elif reason := weakness(Path(named)):
+            raise ConfigError(
+                f"{variable} names {named}, whose files are run, and {reason}; name a folder of "
+                "your own that nobody else can write to (chmod 700), or unset it"
+            )
+    if unnamed:
+        folder = _own_folder(is_told)
+        for variable, name in unnamed:
+            (folder / name).mkdir(mode=0o700, exist_ok=True)
+            os.environ[variable] = str(folder / name)
 
 
-def _is_private(folder: Path) -> bool:
-    """Whether a folder is there, or could be made, as a real one that is ours and ours alone."""
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-    except OSError:
+def _is_torchs(folder: Path) -> bool:
+    """Whether a folder is, or lies in, the one that torch takes where none is named."""
+    temporary = Path(tempfile.gettempdir()).absolute()
+    if not folder.absolute().is_relative_to(temporary):
         return False
-    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    return is_ours and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    parts = folder.absolute().relative_to(temporary).parts
+    return bool(parts) and parts[0].startswith("torchinductor_")
+
+
+def _own_folder(is_told: bool) -> Path:
+    """A folder that is ours alone, made if need be: of the machine, else below the home folder.
+
+    Raises: ConfigError naming what is wrong with each.
+    """
+    refused: list[str] = []
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    for folder in (Path(tempfile.gettempdir(), f"phi3v-{os.getuid()}"), Path(home, "phi3v")):
+        reason = make_private(folder)
+        if reason is None:
+            if refused and is_told:
+                print(f"compiled kernels are kept in {folder}: {refused[0]}", file=sys.stderr)
+            return folder
+        refused.append(f"{folder} is not used, {reason}")
+    raise ConfigError(
+        f"there is no folder for compiled kernels: {'; '.join(refused)}; remove the first, make "
+        f"HOME ({os.environ.get('HOME', 'not set')}) a folder that you can write to, or set "
+        f"{' and '.join(CACHES)} to folders of your own"
+    )
 
 
 def kernel_obstacle(device: torch.device) -> str | None:

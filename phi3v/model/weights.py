@@ -101,11 +101,18 @@ def _first(names: list[str]) -> str:
 def _find_files(path: str, where: dict[str, Any]) -> dict[str, Path]:
     """The file of every tensor.
 
-    Raises: CheckpointError if there are no safetensors files, or one is damaged.
+    Raises: CheckpointError if there are no safetensors files, one is damaged, or the index names
+    one of another folder.
     """
     index = cached_file(path, INDEX, _raise_exceptions_for_missing_entries=False, **where)
     if index is not None:
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        for file in names.values():
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise CheckpointError(
+                    f"{index} names {file!r}, which is not in its folder; name files beside it, or "
+                    "download the model again"
+                )
         return {name: _file(path, file, where) for name, file in names.items()}
     single = _file(path, SINGLE, where)
     with _open(single) as handle:

@@ -11,7 +11,7 @@ name one sample where there may be several.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -68,7 +68,8 @@ def measure(again: Again) -> list[Carrier]:
             loss.backward()
             trained = int(data.label_tokens[index])
             carriers.append(Carrier(index, float(loss.detach()), trained, _take_norm(model)))
-    return [carrier for share in zero.gather_objects(carriers) for carrier in share]
+    shares = zero.gather_objects([astuple(carrier) for carrier in carriers])
+    return [Carrier(*values) for share in shares for values in share]
 
 
 def _take_norm(model: nn.Module) -> float:

@@ -34,6 +34,7 @@ from phi3v.config import DeepSpeedConfig
 from phi3v.devices import has_cuda
 from phi3v.errors import ConfigError
 from phi3v.files import write_json
+from phi3v.private import weakness
 
 BUILT = "built.json"  # beside a finished extension: what it was built for
 OWNER = "owner.json"  # beside a lock of ours: who builds
@@ -93,9 +94,11 @@ def needed_extensions(ds: DeepSpeedConfig) -> list[Extension]:
 def load_extensions(ds: DeepSpeedConfig) -> None:
     """Hand DeepSpeed what was built for a JSON; nothing is compiled, and no lock is looked at.
 
-    Raises: ConfigError if an extension is not built, or was built for something else.
+    Raises: ConfigError if an extension is not built, was built for something else, or lies where
+    others can write.
     """
     for extension in needed_extensions(ds):
+        _check_private(_file(extension))
         obstacle = _obstacle(extension)
         if obstacle:
             raise ConfigError(
@@ -138,6 +141,22 @@ def _way_out(ds: DeepSpeedConfig) -> str:
 
 def _file(extension: Extension) -> Path:
     return extensions_folder() / extension.name / f"{extension.name}.so"
+
+
+def _check_private(file: Path) -> None:
+    """Refuse a module that somebody else could have put there: to import it is to run it.
+
+    The owner of this Python is trusted, who could change the program itself.
+
+    Raises: ConfigError naming the folder and why.
+    """
+    for path in (file.parent, file):
+        if reason := weakness(path, like=Path(sys.prefix)):
+            raise ConfigError(
+                f"{path} holds compiled code that is run, and {reason}; remove it and build it "
+                "again with launch/build.py, or set TORCH_EXTENSIONS_DIR to a folder of your own "
+                "that nobody else can write to (chmod 700)"
+            )
 
 
 def _circumstances() -> dict[str, str]:
@@ -218,6 +237,7 @@ def _build(ds: DeepSpeedConfig, extension: Extension) -> Path:
     from deepspeed.accelerator import get_accelerator
 
     path = _file(extension)
+    _check_private(path)
     if _obstacle(extension) is None:
         return path
     builder = get_accelerator().create_op_builder(extension.builder)
@@ -241,6 +261,7 @@ def _build(ds: DeepSpeedConfig, extension: Extension) -> Path:
         path.with_name(OWNER).unlink(missing_ok=True)
     stamp: dict[str, object] = {**_circumstances(), "vectors": _vectors()}
     stamp["capabilities"] = _capabilities() if extension.needs == DEVICE else []
+    path.chmod(0o755)
     write_json(path.with_name(BUILT), stamp)
     return path
 
@@ -264,7 +285,8 @@ def _claim(folder: Path) -> None:
     """Make an extension's folder ours: no dead lock in it, and a note of who builds."""
     try:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder.parent)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True)
         settle_lock(folder)
         owner = Owner(socket.gethostname(), os.getpid())
         write_json(folder / OWNER, asdict(owner))

@@ -12,7 +12,7 @@ last backward pass of a step: no collective more, and no wait for the device.
 
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -108,11 +108,20 @@ def run_steps(session: Session, done: Progress) -> tuple[Progress, Evaluation | 
     returns  where it ended, and the evaluation by which it did, if `train.stop_if` was why
     """
     while True:
-        trail, left_out = zero.from_first_rank(read_trail(session.run))
+        trail, left_out = shared_trail(session.run)
         done, evaluation = run_until_bad(session, done, trail, left_out)
         if evaluation or len(trail.skipped) < session.run.cfg.faults.rollback_after:
             return done, evaluation
         done = go_back(session, done, trail)
+
+
+def shared_trail(run: Run) -> tuple[Trail, list[Position]]:
+    """What the first rank reads of the steps so far, on all ranks, as plain values between them."""
+    trail, left_out = read_trail(run)
+    places = [astuple(at) for at in trail.skipped], [astuple(at) for at in left_out]
+    own: Any = [trail.losses, *places]
+    losses, skipped, out = zero.from_first_rank(own)
+    return Trail(losses, [Position(*at) for at in skipped]), [Position(*at) for at in out]
 
 
 def read_trail(run: Run) -> tuple[Trail, list[Position]]:

@@ -36,6 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.devices import check_visible, has_cuda
 from phi3v.errors import ConfigError, Diverged, Phi3VError, Stopped
 from phi3v.model.kernels import private_caches
+from phi3v.training.extensions import extensions_folder
 
 RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
@@ -73,7 +74,7 @@ def set_environment() -> Ranks:
     """Fill in what the launcher left out of the environment; a second call changes nothing.
 
     RANK is set (deepspeed, torchrun): the launcher's values hold. Inside an srun step: Slurm's.
-    Otherwise: one rank, meeting itself on 127.0.0.1. Also sets the threads of a rank, DeepSpeed's
+    Otherwise: one rank. Also sets the threads of a rank, DeepSpeed's
     accelerator, what torch's allocator and compiler read, and where compiled kernels are kept and
     ninja is found.
 
@@ -102,7 +103,8 @@ def _set_defaults() -> None:
     path = os.environ.get("PATH", os.defpath)
     if scripts not in path.split(os.pathsep):
         os.environ["PATH"] = scripts + os.pathsep + path
-    private_caches()
+    private_caches(is_told=_rank() == "0")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))  # or /tmp for anybody
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or up to 32 processes a rank
     if not has_cuda():
@@ -207,11 +209,12 @@ def _set_ranks(ranks: Ranks, node: int, num_nodes: int) -> None:
 
 
 def _set_meeting_point(ranks: Ranks) -> None:
-    """Set MASTER_ADDR and MASTER_PORT where absent: where rank 0 listens."""
+    """Set MASTER_ADDR and MASTER_PORT where absent: where rank 0 of several listens."""
+    if ranks.local_size == ranks.world_size:  # else gloo listens where the host's name leads
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if ranks.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-    elif "SLURM_STEP_NODELIST" in os.environ and "SLURM_JOB_ID" in os.environ:
+        return  # nobody is to be met
+    if "SLURM_STEP_NODELIST" in os.environ and "SLURM_JOB_ID" in os.environ:
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_address(os.environ["SLURM_STEP_NODELIST"])
         os.environ.setdefault("MASTER_PORT", str(20000 + _integer("SLURM_JOB_ID") % 10000))
@@ -225,9 +228,25 @@ def _set_meeting_point(ranks: Ranks) -> None:
 
 def free_port() -> int:
     """A TCP port of this host on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    address = loopback()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def loopback() -> str:
+    """The address by which this host reaches itself: 127.0.0.1, or ::1 where that alone is there.
+
+    Raises: ConfigError if there is neither.
+    """
+    for address, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+        with suppress(OSError), socket.socket(family) as probe:
+            probe.bind((address, 0))
+            return address
+    raise ConfigError(
+        f"{socket.gethostname()} has neither 127.0.0.1 nor ::1, by which its ranks are to meet; "
+        "bring its loopback up (ip link set lo up)"
+    )
 
 
 def _first_address(nodelist: str) -> str:

@@ -1,6 +1,7 @@
 """DeepSpeed: the engine, its weights into partitions and out of them, and what it measures."""
 
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
@@ -18,6 +20,7 @@ from phi3v.devices import check_shared_memory, take_device
 from phi3v.errors import Phi3VError
 from phi3v.model import LAYERS
 from phi3v.model.weights import WeightFiles, check_shapes, parameter_places
+from phi3v.training.checkpoints.loading import data_only
 from phi3v.training.extensions import load_extensions
 from phi3v.training.meeting import Turn, meet
 from phi3v.training.norms import module_norms, record_norms
@@ -36,13 +39,22 @@ def start_process_group(seconds: float = 1800.0) -> torch.device:
     ranks = own_ranks()
     device = take_device(ranks.local_rank, ranks.local_size)
     check_shared_memory(ranks.local_size)
-    server = meet(ranks, device, seconds)
+    store = meet(ranks, device, seconds)
     timeout = timedelta(seconds=seconds + MARGIN_SECONDS)
+    store.set_timeout(timeout)
+    is_bound = device.type == "cuda" and ranks.world_size > 1  # as DeepSpeed would do it
+    torch.distributed.init_process_group(
+        get_accelerator().communication_backend_name(),
+        timeout=timeout,
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=device if is_bound else None,
+    )
     # On CPU DeepSpeed would compile an operator here, for inference alone: half a minute, a lock
     # that a killed start leaves, and 69 MB of shared memory a rank.
     deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
-    del server  # the process group has found it
+    deepspeed.init_distributed(timeout=timeout, verbose=False)  # it takes the group that is there
     share_mistakes()
     return device
 
@@ -143,17 +155,44 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Collect one picklable object of every rank on each."""
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, value)
-    return shares
+    """Collect one value of every rank on each: what JSON can say, of which tuples become lists.
+
+    What comes from another process is data. torch's own collectives of objects send pickles, which
+    would run what a stranger on the network puts in their place.
+    """
+    own = _as_bytes(value)
+    sizes = [torch.zeros_like(_size(own)) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(sizes, _size(own))
+    longest = max(int(size) for size in sizes)
+    shares = [own.new_empty(longest) for _ in sizes]
+    torch.distributed.all_gather(shares, nn.functional.pad(own, (0, longest - len(own))))
+    return [_as_value(share[: int(size)]) for share, size in zip(shares, sizes, strict=True)]
 
 
 def from_first_rank(value: Result) -> Result:
-    """The first rank's value, a picklable one, on all ranks."""
-    values = [value]
-    torch.distributed.broadcast_object_list(values)
-    return values[0]
+    """The first rank's value on all ranks: what JSON can say, of which tuples become lists."""
+    own = _as_bytes(value)
+    size = _size(own)
+    torch.distributed.broadcast(size, src=0)
+    if torch.distributed.get_rank() != 0:
+        own = own.new_empty(int(size))
+    torch.distributed.broadcast(own, src=0)
+    received: Result = _as_value(own)
+    return received
+
+
+def _as_bytes(value: Any) -> Tensor:
+    """A value as JSON, on the device that collectives take."""
+    text = bytearray(json.dumps(value).encode())
+    return torch.frombuffer(text, dtype=torch.uint8).to(get_accelerator().current_device_name())
+
+
+def _size(own: Tensor) -> Tensor:
+    return torch.tensor([len(own)], device=own.device)
+
+
+def _as_value(own: Tensor) -> Any:
+    return json.loads(bytes(own.cpu().numpy()))
 
 
 def first_rank_does(task: Callable[[], Result], is_first: bool) -> Result | None:
@@ -162,15 +201,18 @@ def first_rank_does(task: Callable[[], Result], is_first: bool) -> Result | None
     Returns what the task returned on the first rank, None on the others.
     """
     result: Result | None = None
-    failure: list[Phi3VError | None] = [None]
+    failure: Phi3VError | None = None
     if is_first:
         try:
             result = task()
         except Phi3VError as error:
-            failure = [error]
-    torch.distributed.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
+            failure = error
+    told = from_first_rank([type(failure).__name__, str(failure)] if failure else None)
+    if failure is not None:
+        raise failure
+    if told is not None:
+        kinds = {kind.__name__: kind for kind in Phi3VError.__subclasses__()}
+        raise kinds.get(told[0], Phi3VError)(told[1])
     return result
 
 
@@ -192,9 +234,13 @@ def first_rank_does_slowly(
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str) -> None:
-    """Load a checkpoint of this number of ranks; all ranks call."""
+    """Load a checkpoint of this number of ranks; all ranks call.
+
+    Raises: CheckpointError if one of its files holds anything else than data.
+    """
     engine._config.load_universal_checkpoint = False
-    engine.load_checkpoint(str(folder), tag=tag)
+    with data_only(folder / tag):
+        engine.load_checkpoint(str(folder), tag=tag)
 
 
 def total_norm(engine: deepspeed.DeepSpeedEngine) -> float:

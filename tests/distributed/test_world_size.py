@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from phi3v.config import default_deepspeed
 from phi3v.training.checkpoints.store import SavedFile, write_manifest
@@ -114,7 +115,7 @@ def test_a_failed_conversion_names_the_checkpoint_and_leaves_nothing(tmp_path: P
     checkpoint = tmp_path / "step-00000004"
     checkpoint.mkdir()
     share = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    share.write_bytes(b"cut off")
+    torch.save({"optimizer_state_dict": {}}, share)
     facts = {"step": 4, "world_size": 1, "zero_stage": 3}
     write_manifest(checkpoint, facts, {share.name: SavedFile.of(share)})
     (tmp_path / ".step-00000004.universal.partial").mkdir()

@@ -1,5 +1,6 @@
 """Scores, loss and blind control of held-out rows, on one rank and shared among several."""
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -61,7 +62,7 @@ def on_ranks(
 
     def run(rank: int) -> Evaluation:
         def gather(share: Any) -> list[Any]:
-            shares[rank] = share
+            shares[rank] = json.loads(json.dumps(share))  # as between processes
             barrier.wait(60)
             return list(shares)
 
@@ -155,7 +156,7 @@ def test_a_rank_that_is_told_to_stop_ends_the_evaluation_of_all(
 
     def gather(share: Any) -> list[Any]:
         shares.append(share)
-        return [share, ([], 0.0)]
+        return [share, [[], []]]
 
     stopped = replace(generator, tick=tick, batch_rows=2)
     with pytest.raises(Interrupted):

@@ -1,6 +1,7 @@
 """What surrounds the weights is the base's own, in the forms that other programs read."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoProcessor
 
-from phi3v.errors import ConfigError
+from phi3v.errors import CheckpointError, ConfigError
+from phi3v.export import originals
 from phi3v.export.opening import base_of
 from phi3v.export.originals import write_originals, write_text_originals
 from phi3v.export.target import ORIGIN
@@ -190,3 +192,75 @@ def test_names_shapes_and_files_are_the_published() -> None:
     assert sum(sizes.values()) == index["metadata"]["total_size"]
     names = file_names(len(plan_shards(sizes, SHARD_BYTES)))
     assert set(names) == set(index["weight_map"].values())
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """A file of the user's own, beside the base."""
+    (tmp_path / "secret.py").write_text("PASSWORD = 'hunter2'\n")
+    return tmp_path / "secret.py"
+
+
+@pytest.mark.parametrize("module", ["{}/secret", "../secret", "sub/../../secret", "linked", 7, {}])
+def test_an_auto_map_brings_no_file_from_outside_of_the_base(
+    module: Any, base: Path, out: Path, secret: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (base / "linked.py").symlink_to(secret)
+    named = f"{module.format(secret.parent)}.X" if isinstance(module, str) else module or {"": 1}
+    edit(base / "config.json", auto_map={"AutoX": named})
+    write_originals(str(base), out, torch.float32)
+    assert list(out.rglob("*.py")) == []
+    assert "auto_map" not in read(out / "config.json")
+    assert capsys.readouterr().err.startswith("auto_map is left out of config.json, because ")
+
+
+@pytest.mark.parametrize(
+    "line", ["import ./secret", "import .{}/secret", "from .../secret import x"]
+)
+def test_nor_does_what_its_modules_import(line: str, base: Path, out: Path, secret: Path) -> None:
+    (base / "own.py").write_text(f"{line.format(secret.parent)}\n")
+    edit(base / "config.json", auto_map={"AutoX": "own.X"})
+    write_originals(str(base), out, torch.float32)
+    assert list(out.rglob("*.py")) == []
+
+
+def test_a_file_that_is_a_link_to_another_is_not_published(
+    base: Path, out: Path, secret: Path
+) -> None:
+    (base / "LICENSE").symlink_to(secret)
+    with pytest.raises(ConfigError, match=f"^{base}/LICENSE is a link to {secret}, which would be"):
+        write_originals(str(base), out, torch.float32)
+
+
+def test_a_folder_of_links_to_a_base_or_of_the_hubs_cache_is_one(
+    base: Path, out: Path, tmp_path: Path
+) -> None:
+    blobs, cached = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "1"
+    links = tmp_path / "links"
+    for folder in (blobs, cached, links):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(base.iterdir()):
+        shutil.copyfile(file, blobs / str(number))
+        (cached / file.name).symlink_to(blobs / str(number))
+        (links / file.name).symlink_to(file)
+    for folder in (cached, links):
+        write_originals(str(folder), out, torch.float32)
+        assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["/etc/x.safetensors", "../x.safetensors"])
+def test_an_index_that_names_weights_elsewhere_is_refused(base: Path, name: str) -> None:
+    index = {"weight_map": {"lm_head.weight": name}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"names '{name}', which is not in its folder; "):
+        Phi3VForCausalLM.from_pretrained(base)
+
+
+def test_nothing_but_a_plain_name_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(originals, "find_base", lambda model, name: asked.append(name))
+    maps = {"A": "../secret.X", "B": ["/home/me/secret.X", "own.X", "some/one--x.X"]}
+    assert dict(originals._code_files("some/one", maps)).keys() == {
+        *("../secret", "/home/me/secret", "own")
+    }
+    assert asked == ["own.py"]

@@ -2,6 +2,7 @@
 
 import os
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,72 @@ def test_kernels_that_can_be_made_are_taken_on_cuda_alone(monkeypatch: pytest.Mo
     assert chosen.compiled and "eager_because" not in str(chosen)
     assert not choose_execution(section("eager"), CUDA, torch.bfloat16).compiled
     assert not choose_execution(section("auto"), CPU).compiled
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The machine's folder for kernels, and that of the home folder, which are not there yet."""
+    for name in ("tmp", "home"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in (*kernels.CACHES, "XDG_CACHE_HOME"):
+        os.environ.pop(name, None)
+    os.environ["HOME"] = str(tmp_path / "home")
+    return tmp_path / "tmp" / f"phi3v-{os.getuid()}", tmp_path / "home" / ".cache" / "phi3v"
+
+
+def test_kernels_are_never_kept_where_torch_would_take_a_folder_of_anybody(
+    places: tuple[Path, Path],
+) -> None:
+    """torch sets the variable itself where it is imported, to a folder that it did not make."""
+    torchs = places[0].with_name("torchinductor_me")
+    torchs.mkdir()
+    torchs.chmod(0o777)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(torchs)
+    os.environ["TRITON_CACHE_DIR"] = str(torchs / "triton" / "0")
+    kernels.private_caches()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(places[0] / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(places[0] / "triton")
+
+
+def test_where_somebody_was_there_before_they_are_kept_in_the_home_folder(
+    places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    places[0].mkdir()
+    places[0].chmod(0o777)
+    kernels.private_caches()
+    assert os.environ["TRITON_CACHE_DIR"] == str(places[1] / "triton")
+    assert (places[1] / "triton").stat().st_mode & 0o777 == 0o700
+    assert capsys.readouterr().err == (
+        f"compiled kernels are kept in {places[1]}: {places[0]} is not used, everybody can write "
+        "to it (mode 777)\n"
+    )
+    kernels.private_caches()
+    assert os.environ["TRITON_CACHE_DIR"] == str(places[1] / "triton")
+
+
+def test_without_any_such_folder_each_is_named_with_what_to_set(places: tuple[Path, Path]) -> None:
+    places[0].touch()
+    os.environ["HOME"] = "/dev/null"
+    refused = (
+        f"there is no folder for compiled kernels: {places[0]} is not used, it cannot be made "
+        r"\(File exists\); /dev/null/.cache/phi3v is not used, it cannot be made \(Not a directory"
+        r"\); remove the first, make HOME \(/dev/null\) a folder that you can write to, or set "
+        "TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR to folders of your own$"
+    )
+    with pytest.raises(ConfigError, match=f"^{refused}"):
+        kernels.private_caches()
+
+
+@pytest.mark.parametrize("variable", kernels.CACHES)
+def test_a_folder_that_was_named_and_is_open_to_others_is_refused(
+    variable: str, places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    os.environ[variable] = str(tmp_path / "shared")
+    kernels.private_caches()
+    assert os.environ[variable] == str(tmp_path / "shared"), "the user's own holds"
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    refused = f"^{variable} names {tmp_path}/shared, whose files are run, and everybody can write "
+    with pytest.raises(ConfigError, match=refused):
+        kernels.private_caches()

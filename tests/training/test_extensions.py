@@ -114,6 +114,16 @@ def test_a_module_that_was_built_for_something_else_is_refused(
         load_extensions(shipped("zero3.json", optimizer__params={}))
 
 
+@pytest.mark.parametrize("name", ["fused_adam", "fused_adam/fused_adam.so"])
+def test_a_module_that_others_could_have_put_there_is_not_run(folder: Path, name: str) -> None:
+    built_for(folder)
+    (folder / name).chmod(0o777)
+    said = f"^{folder / name} holds compiled code that is run, and everybody can write to it .mode"
+    for action in (load_extensions, build_extensions):
+        with pytest.raises(ConfigError, match=said):
+            action(shipped("zero3.json", optimizer__params={}))
+
+
 def test_building_without_a_compiler_is_refused() -> None:
     os.environ["CXX"] = "no-such-compiler"
     with pytest.raises(ConfigError, match="no a C\\+\\+ compiler \\(no-such-compiler\\)"):

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -99,6 +100,84 @@ def test_a_port_in_use_is_named_with_what_to_type(
         with pytest.raises(ConfigError, match=rf"^port {port} of .* in use.*--master_port"):
             met(0)
     assert capfd.readouterr().err == ""
+
+
+def listeners(port: int) -> set[str]:
+    """The addresses here at which somebody listens at a port, as the kernel writes them."""
+    lines = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]
+    ]
+    places = [place.split(":") for _, place, _, state, *_ in lines if state == "0A"]
+    return {address for address, number in places if int(number, 16) == port}
+
+
+V4, V6 = "0100007F", "0" * 24 + "01000000"
+
+
+def test_one_rank_opens_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.delenv("MASTER_PORT")
+    assert isinstance(meet(Ranks(0, 1, 0, 1), CPU, 20), HashStore)
+
+
+@pytest.mark.parametrize(("address", "kernels"), [("127.0.0.1", V4), ("::1", V6)])
+def test_the_first_of_several_listens_where_they_meet_and_nowhere_else(
+    address: str, kernels: str, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", address)
+    stores = at_once(lambda: met(0), lambda: met(1))
+    assert all(not isinstance(found, Exception) for found in stores)
+    assert listeners(port) == {kernels}
+    stores[0].set("a", "b")
+    assert stores[1].get("a") == b"b"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "192.0.2.7"])
+def test_where_other_hosts_would_not_reach_it_it_listens_everywhere_and_says_so(
+    address: str, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A host may know its own name as 127.0.1.1, and a service's address is no host's."""
+    with meeting._bind(address, port, is_one_host=False):
+        assert listeners(port) & {"0" * 32, "0" * 8}
+    assert capsys.readouterr().err == (
+        f"the first rank listens at port {port} of all addresses of {socket.gethostname()}, for "
+        f"{address} is none of them that other hosts reach; see docs/security.md\n"
+    )
+
+
+def test_a_loopback_address_that_this_host_has_not_is_told_with_the_one_that_it_has(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where IPv6 alone is there; the ranks would knock at it for half an hour."""
+    monkeypatch.setattr(meeting, "_serve", lambda family, place: None)
+    said = f"^{socket.gethostname()} has no address 127.0.0.1, where its ranks are to meet; bring "
+    with pytest.raises(ConfigError, match=said + ".*MASTER_ADDR=127.0.0.1 by srun"):
+        meeting._bind("127.0.0.1", port, is_one_host=True)
+
+
+def test_a_name_that_is_not_known_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: Any, **kwargs: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setenv("MASTER_ADDR", "gpu07")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(meeting, "NAME_SECONDS", 0.2)
+    for error in at_once(lambda: met(0), lambda: met(1)):
+        assert isinstance(error, ConfigError)
+        assert str(error) == (
+            f"{socket.gethostname()} does not know gpu07, where the ranks are to meet (Name or "
+            "service not known); set MASTER_ADDR (torchrun: --local_addr) to an address that all "
+            "hosts reach, 127.0.0.1 if it is one host"
+        )
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "-1", "http"])
+def test_a_port_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", text)
+    with pytest.raises(ConfigError, match=f"^MASTER_PORT must be a port, 1 to 65535, got '{text}'"):
+        met(0)
 
 
 @pytest.fixture

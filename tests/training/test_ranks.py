@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,6 +24,7 @@ from phi3v.errors import ConfigError, Stopped
 from phi3v.training.ranks import (
     RANK_VARIABLES,
     Ranks,
+    free_port,
     run_command,
     set_environment,
 )
@@ -47,6 +50,8 @@ TORCHRUN = {
     "MASTER_ADDR": "10.0.0.7",
     "MASTER_PORT": "29500",
 }
+ONE_HOST = TORCHRUN | {"LOCAL_WORLD_SIZE": "5", "LOCAL_RANK": "3"}
+ONE_HOST |= {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
 STEP = {  # as srun sets them for the fourth of 5 tasks on 3 nodes
     "SLURM_JOB_ID": "123456",
     "SLURM_NTASKS": "9",  # the job's, not the step's
@@ -105,8 +110,7 @@ def test_outside_a_launcher_there_is_one_rank_on_this_machine(variables: dict[st
     ranks = set_environment()
     assert ranks == Ranks(rank=0, world_size=1, local_rank=0, local_size=1)
     assert ranks.is_first
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-    assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
+    assert not {"MASTER_ADDR", "MASTER_PORT"} & os.environ.keys(), "it meets nobody"
 
 
 @pytest.mark.parametrize("variables", [{}, DEEPSPEED, TORCHRUN, STEP_WITH_ADDRESS])
@@ -129,6 +133,33 @@ def test_ranks_without_an_address_meet_at_the_first_nodes_address(tmp_path: Path
     set_environment()
     assert (tmp_path / "scontrol.asked").read_text() == "show node --oneliner gpu07\n"
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "23456")
+
+
+@pytest.mark.parametrize("families", [{"AF_INET6"}, {"AF_INET"}, set()])
+def test_a_port_is_found_on_a_machine_with_one_kind_of_loopback(
+    families: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Missing(socket.socket):
+        def bind(self, address: Any) -> None:
+            if self.family.name not in families:
+                raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", Missing)
+    if families:
+        assert free_port() > 1024
+        return
+    with pytest.raises(ConfigError, match=" has neither 127.0.0.1 nor ::1, by which its ranks are"):
+        free_port()
+
+
+@pytest.mark.parametrize(("variables", "found"), [(TORCHRUN, None), (ONE_HOST, "lo"), ({}, "lo")])
+def test_ranks_of_one_host_speak_over_its_loopback(
+    variables: dict[str, str], found: str | None
+) -> None:
+    os.environ.update(variables)
+    set_environment()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == found
 
 
 def without(variables: dict[str, str], name: str) -> dict[str, str]:
@@ -245,17 +276,10 @@ def test_compiled_kernels_are_kept_where_nobody_else_writes(tmp_path: Path) -> N
         set_environment()
     folder = tmp_path / f"phi3v-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
-    assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
-
-
-def test_a_folder_that_others_can_write_to_is_not_used_for_kernels(tmp_path: Path) -> None:
-    """Somebody who can put a file there would have it run by us."""
-    (tmp_path / f"phi3v-{os.getuid()}").mkdir()
-    (tmp_path / f"phi3v-{os.getuid()}").chmod(0o777)
-    with mock.patch("tempfile.tempdir", str(tmp_path)):
-        set_environment()
-    assert "TRITON_CACHE_DIR" not in os.environ
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        assert os.environ[variable] == str(folder / name)
+        assert (folder / name).stat().st_mode & 0o777 == 0o700
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(Path(sys.prefix, "torch_extensions"))
 
 
 def test_only_the_warning_about_renamed_collectives_is_silenced() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepspeed
 from phi3v.devices import take_device
@@ -22,6 +23,7 @@ from phi3v.training.stopping import StopRequests
 
 RANKS = Ranks(rank=3, world_size=8, local_rank=3, local_size=8)
 OWN = torch.device("cuda", 3)
+JOINS = ("meet", "init_process_group", "init_distributed", "share_mistakes")
 VARIABLES = {
     "RANK": "3",
     "WORLD_SIZE": "8",
@@ -50,12 +52,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     uuid = SimpleNamespace(uuid="GPU-3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: uuid)
-    monkeypatch.setattr(zero, "meet", lambda *args: found.append(("meet", args)))
+    monkeypatch.setattr(zero, "meet", lambda *args: found.append(("meet", args)) or HashStore())
     record(torch.cuda, "set_device")
     record(deepspeed, "init_distributed")
     record(zero, "share_mistakes")
     record(torch.distributed, "barrier")
-    record(torch.distributed, "broadcast_object_list")
+    record(torch.distributed, "init_process_group")
+    record(zero, "from_first_rank")
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 3)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     for name, value in VARIABLES.items():
@@ -91,10 +94,7 @@ def test_the_device_comes_first_then_the_group_then_collectives(
     with pytest.raises(Reached):
         loop.train(cfg, ds, RANKS, StopRequests())
     names = [name for name, _ in itertools.groupby(name for name, _ in calls)]
-    sends = "broadcast_object_list"
-    assert names == ["set_device", "meet", "init_distributed", "share_mistakes", sends, "start"], (
-        names
-    )
+    assert names == ["set_device", *JOINS, "from_first_rank", "start"], names
     assert {args for name, args in calls if name == "set_device"} == {(OWN,)}
     assert calls[-1] == ("start", OWN)
 
@@ -102,8 +102,7 @@ def test_the_device_comes_first_then_the_group_then_collectives(
 def test_a_process_group_never_starts_without_a_device(calls: list[tuple[str, Any]]) -> None:
     """Whoever starts one: benchmarks and tests do without open_run."""
     assert zero.start_process_group() == OWN
-    expected = ["set_device", "meet", "init_distributed", "share_mistakes"]
-    assert [name for name, _ in calls] == expected
+    assert [name for name, _ in calls] == ["set_device", *JOINS]
 
 
 def test_the_runs_device_is_the_one_that_was_taken(

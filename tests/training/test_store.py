@@ -1,5 +1,6 @@
 """What a checkpoint is, every kind of damage to one, and which one is found."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from phi3v.errors import CheckpointError
 from phi3v.files import sha256
 from phi3v.training.checkpoints.store import (
     MANIFEST,
+    SavedFile,
     find_damage,
     find_step,
     named_step,
@@ -19,6 +21,7 @@ from phi3v.training.checkpoints.store import (
     read_manifest,
     step_name,
     steps_saved,
+    write_manifest,
 )
 from tests.training.saved import FILES, flip, foreign, save, save_partial
 
@@ -229,3 +232,29 @@ def test_where_none_is_whole_every_damage_is_named(
     with pytest.raises(CheckpointError, match="holds no whole checkpoint of step 4 .*a.pt is"):
         find_step(tmp_path, 4)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../../secret.txt"])
+def test_a_manifest_that_names_a_file_elsewhere_is_damaged(tmp_path: Path, name: str) -> None:
+    """Its seal has no key: whoever writes one can say what he likes, and /dev/zero has no end."""
+    write_manifest(tmp_path, {"step": 5}, {name: SavedFile(0, "0" * 64)})
+    said = f"{MANIFEST} names '{name}', which is not in the checkpoint's folder"
+    assert find_damage(tmp_path) == said
+
+
+@pytest.mark.parametrize("file", [{"bytes": "1", "sha256": ""}, {"bytes": 1}, [1], 7])
+def test_a_manifest_of_other_values_than_ours_is_damaged(tmp_path: Path, file: object) -> None:
+    save(tmp_path, 5)
+    content = json.loads((tmp_path / "step-00000005" / MANIFEST).read_text())
+    manifest = {"format": content["format"], "step": 5, "files": {"a.pt": file}}
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(manifest | {"manifest_sha256": seal})
+    (tmp_path / "step-00000005" / MANIFEST).write_text(text)
+    said = f"{MANIFEST} does not say the size and digest of 'a.pt'"
+    assert find_damage(tmp_path / "step-00000005") == said
+
+
+def test_what_is_not_a_file_is_never_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+    write_manifest(tmp_path, {"step": 5}, {"a.pt": SavedFile(0, "0" * 64)})
+    assert find_damage(tmp_path) == "a.pt is not a file"

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from deepspeed.utils import z3_leaf_module
 from torch import distributed
 
 from phi3v.config import MODULES, load_deepspeed
+from phi3v.errors import CheckpointError
 from phi3v.model import LAYERS
 from phi3v.training import zero
+from phi3v.training.checkpoints.convert import convert, load
+from phi3v.training.checkpoints.store import SavedFile, write_manifest
 from phi3v.training.optimizer import learning_rates, parameter_groups
 from tests.commands import ROOT
 from tests.distributed.steps import one_step, packs, recipe
 from tests.model.tiny import draw, make_model, pack
+from tests.training.planted import plant, seal
 
 # Of torch 2.13 about what DeepSpeed calls.
 pytestmark = pytest.mark.filterwarnings("ignore:.*_tensor. is deprecated:FutureWarning")
@@ -124,3 +129,89 @@ def test_a_layer_is_gathered_at_once_and_packs_without_pictures_gather_what_othe
     used = of_layers & {tuple(ids) for is_forward, ids in found if is_forward}
     assert len(used) == len(leaves) - 1  # the tower's last layer is not used
     engine.destroy()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a checkpoint of one rank, as DeepSpeed writes it, and of its universal form."""
+    folder = tmp_path_factory.mktemp("saved")
+    engine = engine_of("zero3.json", folder)
+    one_step(engine, packs(1, 1))
+    engine.save_checkpoint(str(folder), tag="step", save_latest=False)
+    engine.destroy()
+    facts = {"step": 3, "world_size": 1, "zero_stage": 3}
+    files = {path.name: SavedFile.of(path) for path in (folder / "step").iterdir()}
+    write_manifest(folder / "step", facts, files)
+    convert(folder / "step", folder / "universal")
+    return folder
+
+
+FILES = ("step/*model_states.pt", "step/*optim_states.pt")
+UNIVERSAL = ("universal/*model_states.pt", "universal/zero/optimizer_state.pt")
+UNIVERSAL += ("universal/zero/lm_head.weight/exp_avg.pt",)
+
+
+@pytest.mark.parametrize("pattern", [*FILES, *UNIVERSAL])
+def test_what_is_planted_in_a_checkpoint_does_not_run_where_deepspeed_loads_it(
+    pattern: str, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "copy")
+    (planted,) = (tmp_path / "copy").glob(pattern)
+    engine = engine_of("zero3.json", tmp_path)
+    load_whole(engine, tmp_path / "copy", pattern)
+    plant(planted, tmp_path / "RAN")
+    with pytest.raises(CheckpointError, match=f"^{planted} names posix.system, which is code"):
+        load_whole(engine, tmp_path / "copy", pattern)
+    assert not (tmp_path / "RAN").exists()
+    engine.destroy()
+
+
+def load_whole(engine: Any, folder: Path, pattern: str) -> None:
+    if pattern in FILES:
+        zero.load_checkpoint(engine, folder, "step")
+    else:
+        load(engine, folder / "universal")
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_nor_where_deepspeed_converts_it(pattern: str, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "step", tmp_path / "step")
+    (planted,) = tmp_path.glob(pattern)
+    plant(planted, tmp_path / "RAN")
+    seal(tmp_path / "step")
+    with pytest.raises(CheckpointError, match=f"^{planted} names posix.system, which is code"):
+        convert(tmp_path / "step", tmp_path / "universal")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step"]
+
+
+def test_a_weight_whose_name_is_a_path_is_refused_before_anything_is_written(
+    saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved / "step", tmp_path / "step")
+    (planted,) = (tmp_path / "step").glob("*model_states.pt")
+    state = torch.load(planted, weights_only=False)
+    shapes = state["param_shapes"][0]
+    shapes[f"{tmp_path}/home"] = shapes.pop(next(iter(shapes)))
+    torch.save(state, planted)
+    seal(tmp_path / "step")
+    with pytest.raises(
+        CheckpointError, match=f"{planted} names a weight '{tmp_path}/home', which "
+    ):
+        convert(tmp_path / "step", tmp_path / "universal")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step"]
+
+
+def test_values_come_from_every_rank_and_from_the_first_as_json_says_them() -> None:
+    value = {"row": [1, None, 0.1, float("inf")], "text": "\ud800 \u2028 \u00e9"}
+    assert zero.gather_objects(value) == [value]
+    assert zero.from_first_rank(value) == value
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        zero.from_first_rank(Path("a"))
+
+
+def test_a_mistake_of_the_first_rank_is_raised_as_what_it_is() -> None:
+    def fail() -> None:
+        raise CheckpointError("no room")
+
+    with pytest.raises(CheckpointError, match="^no room$"):
+        zero.first_rank_does(fail, is_first=True)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from phi3v.errors import CheckpointError
 from phi3v.progress import progress
+from phi3v.training.checkpoints.loading import load_data
 from phi3v.training.checkpoints.store import find_damage, find_step, read_manifest
 
 WHOLE = "mp_rank_00_model_states.pt"  # stages 1 and 2: every rank has the model
@@ -110,8 +111,7 @@ def map_weights(folder: Path) -> dict[str, Weight]:
 
 
 def _map(path: Path) -> Any:
-    # Our own files, whose digests are known; they hold more than tensors.
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return load_data(path, mmap=True)
 
 
 def _map_optimizers(folder: Path) -> Iterator[dict[str, Any]]:
@@ -132,7 +132,7 @@ def _whole_weights(folder: Path) -> dict[str, Weight]:
         groups = state["single_partition_of_fp32_groups"]
         for group, places in zip(groups, state["param_slice_mappings"], strict=True):
             for name, place in places.items():
-                masters[name].append(group[place.start :][: place.numel])
+                masters[name].append(group[place.state["start"] :][: place.state["numel"]])
     return {
         name: Weight(own.shape, masters.get(name) or [own.reshape(-1)])
         for name, own in module.items()

@@ -6,19 +6,21 @@ done = restore(engine, choice, ranks)
 
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from phi3v.data.packing import Position
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError
 from phi3v.training import zero
 from phi3v.training.checkpoints.convert import convert, load
+from phi3v.training.checkpoints.loading import load_data
 from phi3v.training.checkpoints.saving import Progress, random_name
 from phi3v.training.checkpoints.store import (
     find_damage,
@@ -107,13 +109,22 @@ def restore(engine: Any, choice: Choice | None, ranks: Ranks) -> Progress:
     else:
         zero.load_checkpoint(engine, choice.folder, choice.tag)
         states = choice.folder / choice.tag / random_name(ranks.rank)
-        set_random_states(torch.load(states, weights_only=False))
+        set_random_states(load_data(states))
     return Progress(choice.step, Position(**choice.manifest["position"]))
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    np.random.set_state(_numpy_state(states["numpy"]))
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and has_cuda():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _numpy_state(saved: Sequence[Any]) -> tuple[Any, ...]:
+    """What numpy takes; a run of before saved an array of its own, of which the bytes are here."""
+    kind, keys, *rest = saved
+    if isinstance(keys, Tensor):
+        return kind, keys.numpy().astype(np.uint32), *rest
+    *_, data = keys.state
+    return kind, np.frombuffer(data, "<u4"), *rest

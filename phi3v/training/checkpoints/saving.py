@@ -110,11 +110,12 @@ class Saver:
         Raises: CheckpointError on all ranks if one could not write; what it had written is removed.
         """
         while True:
-            states = zero.gather_objects((self.writer.is_busy, self.writer.error))
-            failures = [error for _, error in states if error]
+            error = self.writer.error
+            states = zero.gather_objects((self.writer.is_busy, error and str(error)))
+            failures = [words for _, words in states if words]
             if failures:
                 self._give_up()
-                raise failures[0]
+                raise CheckpointError(failures[0])
             if not any(is_busy for is_busy, _ in states):
                 return
             time.sleep(POLL_SECONDS)
@@ -183,10 +184,11 @@ def random_name(rank: int) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """What every random number of this process follows from."""
+    """What every random number of this process follows from, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if has_cuda() else None,
     }

@@ -23,11 +23,12 @@ import json
 import math
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from phi3v.errors import CheckpointError
@@ -210,6 +211,8 @@ def _load_manifest(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
     # Without it a flipped digit of the position would send the run elsewhere in the data.
     if manifest.pop(SEAL, None) != _digest(manifest):
         return {}, f"{MANIFEST} is not what was written (its own SHA-256 differs)"
+    if fault := _fault(manifest):
+        return {}, f"{MANIFEST} {fault}"
     named = STEP.search(checkpoint.name)
     if named and int(named[1]) != manifest["step"]:
         return {}, f"{MANIFEST} is that of step {manifest['step']}"
@@ -219,15 +222,34 @@ def _load_manifest(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
     return manifest, None
 
 
+def _fault(manifest: Mapping[str, Any]) -> str | None:
+    """What in a manifest is not of our making: its seal has no key, anybody can write another.
+
+    A file that it names is read to its end, so it must lie in the checkpoint.
+    """
+    if type(manifest.get("step")) is not int or not isinstance(manifest.get("files"), dict):
+        return "does not say its step and files"
+    for name, saved in manifest["files"].items():
+        kinds = {key: type(value) for key, value in saved.items()} if type(saved) is dict else None
+        if kinds != {"bytes": int, "sha256": str}:
+            return f"does not say the size and digest of {name!r}"
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"names {name!r}, which is not in the checkpoint's folder"
+    return None
+
+
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _size_damage(path: Path, size: int) -> str | None:
     try:
-        found = path.stat().st_size
+        status = path.stat()
     except OSError as error:
         return _why_unreadable(error)
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a file"  # a device has no end
+    found = status.st_size
     return None if found == size else f"has {found:,} bytes, {MANIFEST} says {size:,}"
 
 

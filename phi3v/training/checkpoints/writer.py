@@ -203,9 +203,9 @@ class Writer(CheckpointEngine):
             print(f"training waited {waited:.1f} s for {what}; save less often", file=sys.stderr)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file that was saved; it can hold any object, so it must be our own."""
+        """Read a file that was saved, inside `loading.data_only`, which says what it may hold."""
         self.settle()  # what is loaded replaces what was saved
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return torch.load(path, map_location=map_location, weights_only=True)
 
     def create(self, info: Any) -> None:
         """Nothing: `begin` did it."""
