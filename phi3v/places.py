@@ -15,6 +15,8 @@ from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote
 
+from phi3v.reading import FOLDER, kind_at
+
 FOLDERS = 64  # whose names are remembered
 
 
@@ -26,18 +28,20 @@ def local_path(text: str) -> Path:
 
 
 def find_file(root: str | Path, text: str) -> str | None:
-    """The file that a path of a row means; None if there is none.
+    """What a path of a row means, if anything but a folder is there: a file, or what is none.
 
     root  where a relative path starts
+
+    Raises: MachineError if it cannot be found out.
     """
     path = os.path.join(root, text)
-    if os.path.isfile(path):  # False for a text of any kind, where Path.is_file raises
+    if kind_at(path) not in (None, FOLDER):
         return path
     if not text.isprintable() or len(text) > os.pathconf("/", "PC_PATH_MAX"):
         return None
     for other in _spellings(text):
         path = os.path.join(root, other)
-        if os.path.isfile(path):
+        if kind_at(path) not in (None, FOLDER):
             return path
     return None
 

@@ -13,6 +13,8 @@ from phi3v.errors import ConfigError
 
 Alpha = Literal["white", "published"]
 Exif = Literal["apply", "published"]
+MAX_PIXELS, MAX_BYTES = 100_000_000, 1 << 28
+"""Of a picture, and of its file, where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,11 @@ class SourceSection:
     `user` is given, else what the first row's names tell."""
 
     image_root: str | None = None
-    """Folder where relative image paths start; default: the folder that holds `path`."""
+    """Folder where relative image paths start, and in which images must lie once links are
+    followed; default: the folder that holds `path`."""
+
+    image_folders: tuple[str, ...] | None = None
+    """Further folders that images, and links of a folder of data, may lead to; `/` allows all."""
 
     user: str | None = None
     """The question; {name} stands for a column, <|image_1|> for the first image. Columns only."""
@@ -97,6 +103,8 @@ class SourceSection:
         )
         filled(source__references=self.references, source__id=self.id)
         filled(source__license=self.license)
+        for folder in self.image_folders or ():
+            filled(source__image_folders=folder)
         if not self.paths:
             raise ConfigError("source.path must name at least one file, folder or hub dataset")
         for path in self.paths:
@@ -293,8 +301,11 @@ class DatasetConfig:
     images: ImagesSection = ImagesSection()
     """How the pixels of a picture are read."""
 
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
     """Pixels (width x height) of a picture at most; larger ones are rejected undecoded."""
+
+    max_bytes: int | None = None
+    """Bytes of a picture's file at most; larger ones are rejected unread. Default: 256 MiB."""
 
     split: SplitSection = SplitSection()
     """What is held out."""
@@ -324,6 +335,7 @@ class DatasetConfig:
             num_crops=self.num_crops,
             max_tokens=self.max_tokens,
             max_pixels=self.max_pixels,
+            max_bytes=self.max_bytes,
             shard_bytes=self.shard_bytes,
             workers=self.workers,
         )

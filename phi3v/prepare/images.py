@@ -19,15 +19,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from phi3v.config.dataset import ImagesSection
+from phi3v.config.dataset import MAX_BYTES, ImagesSection
 from phi3v.errors import SampleError
-from phi3v.files import HEAD, disguise_of
+from phi3v.files import content_kind, disguise_of
 from phi3v.places import find_file, local_path, nearby
 from phi3v.prepare.fetch import ImageCache
 from phi3v.prepare.web import has_image_signature, shown_url
@@ -40,8 +40,8 @@ from phi3v.processing.pixels import (
     turned,
     upright_size,
 )
+from phi3v.reading import FOLDER, HEAD, Reach, kind_at, machine_error
 
-SIGNATURE_BYTES = 16
 STDERR = 2
 LONG = 300  # characters of a reference that are shown; it may be a whole image in base64
 SCHEME = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -123,12 +123,21 @@ class ImageLoader:
     max_pixels  width x height of a picture at most
     cache       fetches what is at an http(s) address; None: such images are rejected
     rules       of their pixels
+    reach       where their files may lie; default: in `root`
+    max_bytes   of a file at most
     """
 
     def __init__(
-        self, root: Path, max_pixels: int, cache: ImageCache | None, rules: ImagesSection
+        self,
+        root: Path,
+        max_pixels: int,
+        cache: ImageCache | None,
+        rules: ImagesSection,
+        reach: Reach | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self.root, self.max_pixels, self.cache, self.rules = root, max_pixels, cache, rules
+        self.reach, self.max_bytes = reach or Reach.of(root), max_bytes
 
     def prefetch(self, references: Sequence[Any]) -> None:
         """Fetch all that have an http(s) address, many at once; `picture` raises what failed."""
@@ -141,7 +150,8 @@ class ImageLoader:
 
         reference  a path, an http(s) or data: URL, base64, encoded bytes, a Pillow image; or a
                    mapping that holds one of these under bytes, path, url or image_url
-        Raises: SampleError if it is not there, is no image or too large a one.
+        Raises: SampleError if it is not there, lies where it may not, is no image or too large a
+        one; MachineError if the machine cannot read it.
         """
         reference = _inner(reference)
         if isinstance(reference, bytes | bytearray | memoryview):
@@ -170,13 +180,26 @@ class ImageLoader:
                 "the file and name its path"
             )
         if path := find_file(self.root, text):
-            return _file(path, text)
+            return self._file(path, _shortened(text))
         data = _base64(text)
         if data is None or not has_image_signature(data):
-            close = nearby(self.root / text) if len(text) < LONG else None
-            there = f"; there is {close}" if close else ""
-            raise SampleError(f"image does not exist: {self.root / _shortened(text)}{there}")
+            self._refuse_missing(text)
         return data
+
+    def _file(self, path: str, name: str) -> bytes:
+        data = self.reach.read(path, name, self.max_bytes, has_image_signature)
+        if not has_image_signature(data) and (cause := disguise_of(data)):
+            raise SampleError(f"image cannot be read: {name}, it is {cause}")
+        return data
+
+    def _refuse_missing(self, text: str) -> NoReturn:
+        place = self.root / _shortened(text)
+        if text and kind_at(place) == FOLDER:
+            raise SampleError(f"image is not a plain file: {place}, it is a folder")
+        is_near = len(text) < LONG and self.reach.holds(os.path.realpath(place.parent))
+        close = nearby(place) if is_near else None
+        there = f"; there is {close}" if close else ""
+        raise SampleError(f"image does not exist: {place}{there}")
 
     def _fetched(self, url: str) -> bytes:
         if self.cache is None:
@@ -227,12 +250,21 @@ def _pillow(name: str, data: bytes = b"") -> Iterator[None]:
             yield
         except SampleError:
             raise
+        except MemoryError as error:  # that it takes too much is for a budget to say
+            raise machine_error(error, f"image {name}") from error
         except UnidentifiedImageError as error:  # its text holds an address in memory
-            what = f"cannot identify image file, it starts with {data[:16]!r}"
+            what = f"cannot identify image file, it is {content_kind(data[:HEAD])}"
             raise SampleError(f"image cannot be read: {name}, {what}") from error
         except Exception as error:  # seen: OSError, SyntaxError, ValueError, RuntimeError, KeyError
-            what = str(error) or type(error).__name__
-            raise SampleError(f"image cannot be read: {name}, {what}") from error
+            raise SampleError(f"image cannot be read: {name}, {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """What Pillow says, without the bytes and numbers of the file that it quotes behind a bracket
+    or a colon, or as a whole: "broken PNG file (chunk b'hf_S')".
+    """
+    text = re.split(r"[(:]|b['\"]", str(error))[0].strip()
+    return text or type(error).__name__
 
 
 @contextmanager
@@ -278,19 +310,6 @@ def _is_web(text: str) -> bool:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]}..."
-
-
-def _file(path: str, name: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            head = file.read(SIGNATURE_BYTES)  # not the 200 GB of an archive
-            if has_image_signature(head):
-                return head + file.read()
-            if cause := disguise_of(head + file.read(HEAD)):
-                raise SampleError(f"image cannot be read: {name}, it is {cause}")
-            return head
-    except OSError as error:
-        raise SampleError(f"image cannot be read: {name}, {error.strerror}") from error
 
 
 def _data_url(url: str) -> bytes:

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from phi3v.config import DatasetConfig
-from phi3v.config.dataset import SourceSection, SplitSection
+from phi3v.config.dataset import MAX_BYTES, SourceSection, SplitSection
 from phi3v.errors import SampleError
-from phi3v.places import local_path
 from phi3v.prepare.conversations import Conversation, read_conversation
 from phi3v.prepare.fetch import ImageCache
 from phi3v.prepare.images import ImageLoader
 from phi3v.prepare.plan import Chunk, Plan, WorkFolder
+from phi3v.prepare.reach import image_root, reach
 from phi3v.prepare.rows import Row
 from phi3v.prepare.samples import SampleBuilder
 from phi3v.prepare.sources import Source, open_source
@@ -72,7 +72,8 @@ def open_inputs(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> Inputs:
     for number, (section, state) in enumerate(zip(cfg.sources, plan.states, strict=True)):
         source = open_source(section, work.spool(number), state)
         section = _with_named(section, cfg.split)
-        loader = ImageLoader(image_root(section), cfg.max_pixels, cache, cfg.images)
+        limits = (cfg.max_pixels, cache, cfg.images, reach(section), cfg.max_bytes or MAX_BYTES)
+        loader = ImageLoader(image_root(section), *limits)
         builder = SampleBuilder(open_processor(cfg, section), cfg.max_tokens)
         is_held_out = number >= cfg.first_held_out
         parts.append(Input(section, source, loader, builder, is_held_out))
@@ -95,14 +96,6 @@ def open_processor(cfg: DatasetConfig, section: SourceSection) -> Phi3VProcessor
 def fetch_folder(cfg: DatasetConfig) -> Path:
     """Where fetched images are kept: beside the dataset, for all that are made there."""
     return Path(cfg.fetch.cache) if cfg.fetch.cache else Path(cfg.out).absolute().parent / "fetched"
-
-
-def image_root(section: SourceSection) -> Path:
-    """Where relative image paths of a source start."""
-    if section.image_root:
-        return local_path(section.image_root)
-    path = local_path(section.paths[0])
-    return path.parent if path.exists() else Path()
 
 
 def _conversation(row: Row, section: SourceSection) -> Conversation | SampleError:

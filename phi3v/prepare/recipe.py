@@ -21,7 +21,7 @@ from phi3v.prepare.sources import Source, open_source, source_digest
 from phi3v.processing.processor import model_file
 
 MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
-LATER = ("id", "ignore", "convert", "delimiter")
+LATER = ("id", "ignore", "convert", "delimiter", "image_folders", "max_bytes")
 HOW = ("out", "workers", "fetch")
 """Keys that say how the work is done, not what comes of it."""
 TOLD = ("license",)
@@ -36,7 +36,7 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
 
     Raises: ConfigError if a source or a file of the model is missing.
     """
-    recipe = {key: value for key, value in to_dict(cfg).items() if key not in HOW}
+    recipe = {key: value for key, value in _kept(to_dict(cfg)).items() if key not in HOW}
     recipe["source"] = _without_told(recipe["source"])
     processor = open_processor(cfg, cfg.sources[0])
     files = _Digests(known)
@@ -73,8 +73,11 @@ def _without_told(source: Any) -> Any:
     """
     if isinstance(source, list):
         return [_without_told(section) for section in source]
-    kept = {key: v for key, v in source.items() if key not in LATER or v is not None}
-    return {key: v for key, v in kept.items() if key not in TOLD}
+    return {key: v for key, v in _kept(source).items() if key not in TOLD}
+
+
+def _kept(section: dict[str, Any]) -> dict[str, Any]:
+    return {key: v for key, v in section.items() if key not in LATER or v is not None}
 
 
 class _Digests:

@@ -27,6 +27,7 @@ from phi3v.prepare.hub import Listing, hub_digest, is_hub_name, list_folder, ope
 from phi3v.prepare.rows import Row, Rows
 from phi3v.prepare.tables import open_table
 from phi3v.prepare.text import KINDS, MARK, TextRows, open_text, usual_delimiter
+from phi3v.reading import FOLDER, HIDDEN, PLAIN, kind_at
 
 SUFFIXES = (*KINDS, ".parquet", ".arrow")
 
@@ -155,22 +156,27 @@ def _refuse_unread(section: SourceSection, path: Path) -> None:
 def check_source(path: str | Path) -> Path | None:
     """Refuse a source that cannot be one, before any work; None stands for a hub dataset.
 
-    Raises: ConfigError if there is no such file, it is of no known kind, or it is not what its name
-    says: a pointer of git-lfs, a web page.
+    Raises: ConfigError if there is no such file, it is a pipe or a device, of no known kind, or not
+    what its name says: a pointer of git-lfs, a web page.
     """
     file = local_path(str(path))
-    if not file.exists():
+    kind = kind_at(file)
+    if kind is None:
         if is_hub_name(str(path)):
             return None
         raise ConfigError(
             f"source.path {path} does not exist{_near(file)}; check the path in the recipe"
         )
-    if not file.is_dir() and file.suffix.lower() not in SUFFIXES:
+    if kind == HIDDEN:
+        raise ConfigError(f"source.path {path} may not be looked at; give the right to read it")
+    if kind not in (PLAIN, FOLDER):
+        raise ConfigError(f"source.path {path} is {kind}; write its rows into a file, and name it")
+    if kind == PLAIN and file.suffix.lower() not in SUFFIXES:
         raise ConfigError(
             f"source.path {path} ends in '{file.suffix}'; use one of {', '.join(SUFFIXES)}, a "
             "folder, or the name of a hub dataset"
         )
-    if file.is_file() and (cause := disguise(file)):
+    if kind == PLAIN and (cause := disguise(file)):
         raise ConfigError(f"source.path {path} is {cause}")
     return file
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from phi3v.errors import ConfigError
 from phi3v.prepare.rows import Row
 from phi3v.prepare.typed import Typed
+from phi3v.reading import is_of_machine
 
 FEW = 64  # rows of a table in memory at once; they may hold images
 
@@ -73,7 +74,8 @@ class TableRows:
         """
         while start < stop:
             with refusing(self.name, self.kind):
-                first, batch = self._batch_of(start)
+                held, self._open = self._open, None  # after an error all is opened anew
+                first, batch = self._batch_of(start, held)
                 typed = self._typed(batch.schema)
             few = batch.slice(start - first, min(FEW, stop - start))
             yield from _plain_rows(start, few, typed)
@@ -84,18 +86,17 @@ class TableRows:
             self._types = Typed(schema)
         return self._types
 
-    def _batch_of(self, row: int) -> tuple[int, pa.RecordBatch]:
+    def _batch_of(self, row: int, held: _Open | None) -> tuple[int, pa.RecordBatch]:
         """The batch that holds a row, and the number of that batch's first row."""
         part = bisect_right(self.starts, row) - 1
-        held = self._open
         if held is None or held.part != part or held.first > row:
             batches = self.open_part(part)
-            held = self._open = _Open(part, self.starts[part], next(batches, None), batches)
+            held = _Open(part, self.starts[part], next(batches, None), batches)
         while held.batch is not None and held.first + held.batch.num_rows <= row:
             held.first += held.batch.num_rows
             held.batch = next(held.others, None)
+        self._open = held
         if held.batch is None:
-            self._open = None
             raise pa.ArrowInvalid(f"it ends before row {row}, it had {self.num_rows:,} rows")
         return held.first, held.batch
 
@@ -106,6 +107,8 @@ def refusing(name: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
+        if is_of_machine(error):
+            raise
         raise ConfigError(
             f"source.path {name} cannot be read as {kind}: {error}; half a download, "
             "perhaps: bring or write it again"
