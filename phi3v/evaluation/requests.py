@@ -6,8 +6,8 @@
 A row has a `prompt`, or `messages` as `prepare` takes them, and no key that is not understood
 (phi3v/processing/keys.py); if the last of these is an answer, that is what is asked for, and it is
 not shown to the model. Images lie in the file's folder, where their paths start, unless
---image_root names others. Rows are read, answered and written some at a time, so a file may be of any length; the answers have
-their name when all are written.
+--image_root names others. Rows are read, answered and written some at a time, so a file may be of
+any length; the answers have their name when all are written.
 """
 
 import json

@@ -153,9 +153,9 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         "as its 'prompt'",
         "number": "'prompt' is a int, not a text",
         "both": "a row has both a 'prompt' and 'messages'; leave one of them out",
-        "gone": "none.png does not exist",
+        "gone": f"image does not exist: {tmp_path / 'none.png'}",
         "odd": "'images' is a str",
-        "llava": "none.png does not exist",
+        "llava": f"image does not exist: {tmp_path / 'none.png'}",
         "twice": "a row has its pictures twice: 'image' and 'img'",
         "film": "a key is not understood: 'video' of the row; films are not read",
         "film tag": "a tag stands for nothing: <video>",
@@ -203,10 +203,10 @@ def test_pictures_are_found_as_prepare_finds_them(asker: Asker, tmp_path: Path) 
     names = ["red hats/a b.png", "red%20hats/a%20b.png", "red hats\\a b.png"]
     names.append((tmp_path / "red hats/a b.png").as_uri())
     wrong = {
-        "red hats/A B.PNG": f"does not exist, there is {tmp_path / 'red hats/a b.png'}; name a",
+        "red hats/A B.PNG": f"A B.PNG; there is {tmp_path / 'red hats/a b.png'}",
         "https://a.b/c.png": "https://a.b/c.png is an address; bring the file and name its path",
         "data:image/png;base64,AAAA": "data:image/png;base64,AAAA is an address; bring the file",
-        "red hats": f"{tmp_path / 'red hats'} is a folder; name a picture",
+        "red hats": f"image is not a plain file: {tmp_path / 'red hats'}, it is a folder",
     }
     rows = [{"id": None, "prompt": "What?", "images": [name]} for name in [*names, *wrong]]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
@@ -222,5 +222,5 @@ def test_pictures_are_found_as_prepare_finds_them(asker: Asker, tmp_path: Path) 
 def test_a_picture_of_the_command_line_may_be_an_address_of_a_file(tmp_path: Path) -> None:
     write_picture(tmp_path / "a b.png")
     assert open_shown(Path((tmp_path / "a b.png").as_uri())).size
-    with pytest.raises(ConfigError, match=r"--image https:/a.b/c.png is an address; bring"):
+    with pytest.raises(ConfigError, match=r"--image: https:/a.b/c.png is an address; bring"):
         open_shown(Path("https://a.b/c.png"))
