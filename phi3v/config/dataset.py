@@ -296,6 +296,17 @@ class DatasetConfig:
     max_pixels: int = 100_000_000
     """Pixels (width x height) of a picture at most; larger ones are rejected undecoded."""
 
+    max_images: int = 128
+    """Images of one row at most; rows with more are rejected before any is opened."""
+
+    max_row_bytes: int = 268435456
+    """Bytes that the images of one row may take, their files and their canvases together; default
+    256 MiB."""
+
+    max_characters: int = 2_000_000
+    """Characters of one row's messages at most; rows with more are rejected before they are
+    tokenised."""
+
     split: SplitSection = SplitSection()
     """What is held out."""
 
@@ -324,6 +335,9 @@ class DatasetConfig:
             num_crops=self.num_crops,
             max_tokens=self.max_tokens,
             max_pixels=self.max_pixels,
+            max_images=self.max_images,
+            max_row_bytes=self.max_row_bytes,
+            max_characters=self.max_characters,
             shard_bytes=self.shard_bytes,
             workers=self.workers,
         )

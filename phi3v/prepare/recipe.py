@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
 LATER = ("id", "ignore", "convert", "delimiter")
 HOW = ("out", "workers", "fetch")
 """Keys that say how the work is done, not what comes of it."""
+LIMITS = ("max_images", "max_row_bytes", "max_characters")
+"""Keys of the recipe that came when datasets had been made without them; each is left out where it
+is as by default, so that those keep their fingerprint."""
 TOLD = ("license",)
 """Keys of a source that say something about the rows and change nothing in them."""
 
@@ -36,7 +39,9 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
 
     Raises: ConfigError if a source or a file of the model is missing.
     """
-    recipe = {key: value for key, value in to_dict(cfg).items() if key not in HOW}
+    default = {field.name: field.default for field in fields(cfg) if field.name in LIMITS}
+    told = to_dict(cfg).items()
+    recipe = {k: v for k, v in told if k not in HOW and not (k in LIMITS and v == default[k])}
     recipe["source"] = _without_told(recipe["source"])
     processor = open_processor(cfg, cfg.sources[0])
     files = _Digests(known)
