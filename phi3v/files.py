@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from phi3v.reading import HEAD
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -98,62 +96,3 @@ def sha256(path: Path, told: Callable[[int], object] = lambda size: None) -> str
             digest.update(block)
             told(len(block))
     return digest.hexdigest()
-
-
-LFS = b"version https://git-lfs"
-SIGNATURES = {
-    b"%PDF": "a PDF",
-    b"%!PS": "PostScript",
-    b"\xc5\xd0\xd3\xc6": "PostScript",
-    b"PK\x03\x04": "a ZIP archive",
-    b"\x1f\x8b": "a gzip archive",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!": "a RAR archive",
-    b"\x7fELF": "a program",
-    b"8BPS": "a Photoshop file",
-    b"\x00\x00\x01\x00": "an icon",
-    b"\x1a\x45\xdf\xa3": "a film",
-    b"\x93NUMPY": "an array of numpy",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"SQLite format 3": "a database of SQLite",
-    b"\x89HDF": "an HDF5 file",
-    b"<?xml": "XML",
-    b"<svg": "an SVG",
-}
-BRANDS = {b"heic": "a HEIC picture", b"heix": "a HEIC picture", b"mif1": "a HEIF picture"}
-"""What else than a film a file of ISO's boxes may be, by bytes 8 to 12."""
-
-
-def disguise(path: Path) -> str | None:
-    """What a file is instead of what its name says, and the way out: a git-lfs pointer, a web page.
-
-    None for a file that may be what it should.
-    """
-    with path.open("rb") as file:
-        return disguise_of(file.read(HEAD))
-
-
-def content_kind(head: bytes) -> str:
-    """What a file is by its first bytes, none of which are quoted: they may be a secret."""
-    if head[4:8] == b"ftyp":
-        return BRANDS.get(head[8:12], "a film")
-    for signature, kind in SIGNATURES.items():
-        if head.startswith(signature):
-            return kind
-    try:
-        text = head.decode("utf-8-sig", errors="ignore" if len(head) == HEAD else "strict")
-    except UnicodeDecodeError:
-        return "of no format that is known"
-    is_text = bool(text) and all(c.isprintable() or c.isspace() for c in text)
-    return "a text" if is_text else "of no format that is known"
-
-
-def disguise_of(head: bytes) -> str | None:
-    """The same, of the first bytes of a file."""
-    if head.startswith(LFS):
-        return "a pointer of git-lfs, not the file itself; bring the files by `git lfs pull`"
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "a web page, not the file itself; download it again, signed in where it asks"
-    return None

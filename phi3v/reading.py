@@ -1,7 +1,7 @@
 """Files that rows name, read with care; and whether the file is to blame where one cannot be read.
 
     reach = Reach.of("photos")
-    data = reach.read("photos/a.png", "a.png", max_bytes, has_image_signature)
+    data = reach.read("photos/a.png", "a.png", max_bytes)
 
 A row is what somebody wrote, perhaps a stranger. It may name a pipe that nobody writes to, a
 device, 40 GB of nothing, a link to a private key. So where a file lies is asked once all links are
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from phi3v.content import HEAD, disguise_of, has_image_signature
 from phi3v.errors import MachineError, SampleError
 
 T = TypeVar("T")
@@ -61,7 +62,6 @@ KINDS = {
     stat.S_IFBLK: "a device",
 }
 OF_THE_SYSTEM = ("/proc", "/sys")  # what lies there looks like files and is the machine's own state
-HEAD = 512  # bytes that tell what a file is
 HUB_REPOSITORY = ("datasets--", "models--", "spaces--")  # starts of names in the hub's cache
 # Opening waits for nobody who should write to a pipe, and takes no terminal for its own.
 FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -154,34 +154,42 @@ class Reach:
 
     def holds(self, real: str) -> bool:
         """Whether a real path, one without links, lies in one of the folders."""
-        if any(_is_within(real, folder) for folder in OF_THE_SYSTEM):
-            return False
-        return any(_is_within(real, folder) for folder in self.folders)
+        return not _is_of_system(real) and any(_is_within(real, folder) for folder in self.folders)
 
-    def read(self, path: str, name: str, max_bytes: int, wants: Callable[[bytes], bool]) -> bytes:
-        """Read a picture's file; of one whose first bytes `wants` refuses, these alone.
+    def read(self, path: str, name: str, max_bytes: int) -> bytes:
+        """Read a picture's file; of one that does not start like a picture its first bytes alone.
 
         name  for messages
 
-        Raises: SampleError if it lies elsewhere, is no plain file, has more than `max_bytes`, or
-        may not be read; MachineError if the machine fails.
+        Raises: SampleError if it lies elsewhere, is no plain file, has more than `max_bytes`, may
+        not be read, or is a pointer of git-lfs or a web page; MachineError if the machine fails.
         """
         try:
             real = retried(lambda: os.path.realpath(path, strict=True), name)
-            if not self.holds(real):
-                raise SampleError(
-                    f"image lies outside of the folders that may be read: {name} is {real}; to "
-                    f"allow it, name its folder in {self.key}"
-                )
-            return retried(lambda: _read(real, name, max_bytes, wants), name)
+            self._refuse_outside(real, name)
+            return retried(lambda: _read(real, name, max_bytes), name)
         except OSError as error:
             if error.errno not in OF_THE_FILE:
                 raise machine_error(error, name) from error
             raise SampleError(f"image cannot be read: {name}, {error.strerror}") from error
 
+    def _refuse_outside(self, real: str, name: str) -> None:
+        if _is_of_system(real):
+            raise SampleError(f"image is not a plain file: {name}, it is the system's own")
+        if not self.holds(real):
+            where = name if name == real else f"{name} is {real}"
+            raise SampleError(
+                f"image lies outside of the folders that may be read: {where}; to allow it, name "
+                f"its folder in {self.key}"
+            )
+
 
 EVERYWHERE = Reach(("/",))
 """For files that the user names himself."""
+
+
+def _is_of_system(real: str) -> bool:
+    return any(_is_within(real, folder) for folder in OF_THE_SYSTEM)
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -198,17 +206,20 @@ def _blobs(folder: str) -> str | None:
     return None
 
 
-def _read(path: str, name: str, max_bytes: int, wants: Callable[[bytes], bool]) -> bytes:
+def _read(path: str, name: str, max_bytes: int) -> bytes:
     _refuse_kind(os.lstat(path).st_mode, name)  # to open a device may already do something
     with os.fdopen(os.open(path, FLAGS), "rb") as file:
         found = os.fstat(file.fileno())
         _refuse_kind(found.st_mode, name)  # it may be another by now
         head = file.read(HEAD)
-        if not wants(head):
+        if not has_image_signature(head):
+            if cause := disguise_of(head):
+                raise SampleError(f"image cannot be read: {name}, it is {cause}")
             return head  # not the 200 GB of an archive
         if found.st_size > max_bytes:
             raise SampleError(
-                f"image has too many bytes: {name}, {found.st_size:,}; max_bytes is {max_bytes:,}"
+                f"image has too many bytes: {found.st_size:,}, {name}; max_row_bytes is "
+                f"{max_bytes:,}"
             )
         return head + file.read(max(0, found.st_size - len(head)))
 

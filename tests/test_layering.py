@@ -12,12 +12,12 @@ PACKAGE = ROOT / "phi3v"
 # A layer may import those below it; packages of one line do not import each other.
 LAYERS = (
     {"errors"},
+    {"content"},
     {"reading"},
     {"geometry", "files", "places", "progress", "page", "config", "devices", "functions"},
     {"sample", "views", "pictures"},
     {"processing", "data", "model"},
-    {"prepare"},
-    {"evaluation"},
+    {"prepare", "evaluation"},
     {"training", "view"},
     {"export"},
     {"samples", "replay"},

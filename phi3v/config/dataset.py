@@ -13,8 +13,8 @@ from phi3v.errors import ConfigError
 
 Alpha = Literal["white", "published"]
 Exif = Literal["apply", "published"]
-MAX_PIXELS, MAX_BYTES = 100_000_000, 1 << 28
-"""Of a picture, and of its file, where nothing else is said."""
+MAX_PIXELS, MAX_ROW_BYTES = 100_000_000, 268435456
+"""Of a picture, and of a row's pictures, where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,8 +304,16 @@ class DatasetConfig:
     max_pixels: int = MAX_PIXELS
     """Pixels (width x height) of a picture at most; larger ones are rejected undecoded."""
 
-    max_bytes: int | None = None
-    """Bytes of a picture's file at most; larger ones are rejected unread. Default: 256 MiB."""
+    max_images: int = 128
+    """Images of one row at most; rows with more are rejected before any is opened."""
+
+    max_row_bytes: int = MAX_ROW_BYTES
+    """Bytes that the images of one row may take, their files and their canvases together; default
+    256 MiB."""
+
+    max_characters: int = 2_000_000
+    """Characters of one row's messages at most; rows with more are rejected before they are
+    tokenised."""
 
     split: SplitSection = SplitSection()
     """What is held out."""
@@ -335,7 +343,9 @@ class DatasetConfig:
             num_crops=self.num_crops,
             max_tokens=self.max_tokens,
             max_pixels=self.max_pixels,
-            max_bytes=self.max_bytes,
+            max_images=self.max_images,
+            max_row_bytes=self.max_row_bytes,
+            max_characters=self.max_characters,
             shard_bytes=self.shard_bytes,
             workers=self.workers,
         )

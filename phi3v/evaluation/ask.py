@@ -15,20 +15,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from phi3v.config.dataset import MAX_PIXELS, ImagesSection
+from phi3v.config.dataset import MAX_PIXELS, MAX_ROW_BYTES, ImagesSection
 from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.models import open_model
 from phi3v.pictures import PUBLISHED
-from phi3v.places import local_path
-from phi3v.prepare.images import ImageLoader
-from phi3v.processing import Phi3VProcessor
+from phi3v.places import LONG, local_path, missing_image, read_image, shortened
+from phi3v.processing import Phi3VProcessor, decoding
 from phi3v.processing.prompt import Message, encode_messages, image_tags, settle_tags
 from phi3v.reading import EVERYWHERE, Reach
 from phi3v.sample import Canvas
 
 ADDRESS = re.compile(r"(?:(https?|s3|gs|ftp|file):/+|(data):(?=\w+/))", re.IGNORECASE)
-LONG = 300  # characters of a path that are shown
 
 Show = Callable[[str], None]
 
@@ -111,7 +109,7 @@ def user_turn(text: str, num_pictures: int, first: int = 1) -> Message:
 def open_picture(
     path: Path | str, rules: ImagesSection, root: Path = Path(), reach: Reach = EVERYWHERE
 ) -> Image.Image:
-    """Open a picture and decode it to RGB, by the opener that prepare has.
+    """Open a picture and decode it to RGB, as prepare opens and decodes it.
 
     path   as prepare takes it, written by another system too (phi3v/places.py)
     root   where a relative one starts
@@ -119,8 +117,11 @@ def open_picture(
 
     Raises: SampleError if it cannot be read, may not be, or its pixels have no agreed meaning.
     """
-    loader = ImageLoader(root, MAX_PIXELS, None, rules, reach)
-    return loader.picture(_local(str(path))).decode().image
+    text = _local(str(path))
+    data = read_image(root, text, reach, MAX_ROW_BYTES)
+    if data is None:
+        raise missing_image(root, text, reach)
+    return decoding.open_picture(data, shortened(text), MAX_PIXELS, rules).decode().image
 
 
 def _local(text: str) -> str:

@@ -20,8 +20,9 @@ import pyarrow as pa
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from phi3v.config.dataset import SourceSection
+from phi3v.content import disguise
 from phi3v.errors import ConfigError
-from phi3v.files import disguise, replacing, write_json
+from phi3v.files import replacing, write_json
 from phi3v.places import local_path
 from phi3v.prepare.folders import FolderRows, open_texts, reopened, texts_among
 from phi3v.prepare.reach import check_files, check_folder

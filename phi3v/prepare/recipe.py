@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from phi3v.prepare.sources import Source, open_source, source_digest
 from phi3v.processing.processor import model_file
 
 MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
-LATER = ("id", "ignore", "convert", "delimiter", "image_folders", "max_bytes")
+LATER = ("id", "ignore", "convert", "delimiter", "image_folders")
 HOW = ("out", "workers", "fetch")
 """Keys that say how the work is done, not what comes of it."""
+LIMITS = ("max_images", "max_row_bytes", "max_characters")
+"""Keys of the recipe that came when datasets had been made without them; each is left out where it
+is as by default, so that those keep their fingerprint."""
 TOLD = ("license",)
 """Keys of a source that say something about the rows and change nothing in them."""
 
@@ -36,7 +39,9 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
 
     Raises: ConfigError if a source or a file of the model is missing.
     """
-    recipe = {key: value for key, value in _kept(to_dict(cfg)).items() if key not in HOW}
+    default = {field.name: field.default for field in fields(cfg) if field.name in LIMITS}
+    told = to_dict(cfg).items()
+    recipe = {k: v for k, v in told if k not in HOW and not (k in LIMITS and v == default[k])}
     recipe["source"] = _without_told(recipe["source"])
     processor = open_processor(cfg, cfg.sources[0])
     files = _Digests(known)
@@ -73,11 +78,8 @@ def _without_told(source: Any) -> Any:
     """
     if isinstance(source, list):
         return [_without_told(section) for section in source]
-    return {key: v for key, v in _kept(source).items() if key not in TOLD}
-
-
-def _kept(section: dict[str, Any]) -> dict[str, Any]:
-    return {key: v for key, v in section.items() if key not in LATER or v is not None}
+    kept = {key: v for key, v in source.items() if key not in LATER or v is not None}
+    return {key: v for key, v in kept.items() if key not in TOLD}
 
 
 class _Digests:

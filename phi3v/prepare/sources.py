@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.config.dataset import SourceSection
+from phi3v.content import disguise
 from phi3v.errors import ConfigError
-from phi3v.files import disguise, sha256
+from phi3v.files import sha256
 from phi3v.places import local_path, nearby
 from phi3v.prepare.convert import converted
 from phi3v.prepare.folders import FolderRows

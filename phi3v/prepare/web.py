@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import httpcore
 
 from phi3v.config.dataset import FetchSection
+from phi3v.content import has_image_signature
 from phi3v.errors import SampleError
 from phi3v.prepare.network import Network, Refused, is_public
 
@@ -31,16 +32,6 @@ OVERLOADED = {408, 425, 429}  # like 5xx, worth another try
 HEADERS = (("User-Agent", "phi3v dataset preparation"), ("Accept", "image/*"))
 QUOTED = "/%:@!$&'()*+,;=~?-._[]"  # stay as they are in a path or query
 HOST = re.compile(r"[\w.:%-]+", re.ASCII)
-SIGNATURES = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM|II[*+]\0|MM\0[*+]|....ftyp(?:avi[fs]|m[is]f1)"
-    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|P[1-7f]\s",
-    re.DOTALL,
-)
-
-
-def has_image_signature(data: bytes | bytearray) -> bool:
-    """Whether bytes start like an image of some kind; a page of HTML does not."""
-    return SIGNATURES.match(data) is not None
 
 
 def shown_url(url: str) -> str:

@@ -30,7 +30,7 @@ from phi3v.prepare.plan import WorkFolder
 from phi3v.prepare.recipe import make_plan, resolved_recipe
 from phi3v.prepare.sources import open_source
 from phi3v.processing import Phi3VProcessor
-from phi3v.processing.images import hd_canvas
+from phi3v.processing.canvas import hd_canvas
 from phi3v.sample import IGNORED, Sample
 from tests.commands import LAUNCH, start
 from tests.prepare.animals import Animal
