@@ -5,10 +5,12 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from phi3v.config import DatasetConfig, differing_keys, to_dict
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import sha256, write_json
 from phi3v.pictures import PUBLISHED
@@ -19,6 +21,7 @@ from phi3v.prepare.lock import locked
 from phi3v.prepare.plan import Plan, WorkFolder
 from phi3v.prepare.sources import Source, open_source, source_digest
 from phi3v.processing.processor import model_file
+from phi3v.reading import retried
 
 MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
 LATER = ("id", "ignore", "convert", "delimiter", "image_folders")
@@ -45,7 +48,10 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
     recipe["source"] = _without_told(recipe["source"])
     processor = open_processor(cfg, cfg.sources[0])
     files = _Digests(known)
-    digests = [source_digest(section, files.digest) for section in cfg.sources]
+    digests = [
+        retried(partial(source_digest, section, files.digest), f"source.path {section.path}")
+        for section in cfg.sources
+    ]
     files.save()
     _refuse_same_rows(cfg, digests)
     recipe["inputs"] = {
@@ -184,7 +190,11 @@ def _differing(before: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
 
 
 def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
-    section = cfg.sources[number]
+    path = f"source.path {cfg.sources[number].path}"
+    return retried(partial(_opened, cfg.sources[number], cfg, number, work), path)
+
+
+def _opened(section: SourceSection, cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
     source = open_source(section, work.spool(number))
     if not source.num_rows:
         raise ConfigError(f"source.path {source.path} holds no rows; check the file")
