@@ -77,7 +77,7 @@ def is_of_machine(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in OF_THE_MACHINE
 
 
-def machine_error(error: BaseException | None, name: str, tries: int = 1) -> MachineError:
+def machine_error(error: BaseException, name: str, tries: int = 1) -> MachineError:
     """What is said of an error for which `is_of_machine`; `name` is of what was read."""
     number = error.errno if isinstance(error, OSError) else errno.ENOMEM
     reason = os.strerror(number or errno.EIO)

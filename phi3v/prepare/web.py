@@ -131,8 +131,9 @@ def _explained(shown: str, timeout: float) -> Iterator[None]:
         reason, particulars = error.args
         raise SampleError(f"{reason}: {shown}, {particulars}") from error
     except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-        if getattr(error.__cause__, "errno", None) in OWN_WANT:
-            raise machine_error(error.__cause__, f"image at {shown}") from error
+        cause = error.args[0] if error.args else None
+        if isinstance(cause, OSError) and cause.errno in OWN_WANT:
+            raise machine_error(cause, f"image at {shown}") from error
         raise _Again(f"image URL cannot be reached: {shown}, {error}") from error
     except httpcore.TimeoutException as error:
         raise _Again(f"image URL took too long: {shown}, more than {timeout:g} s") from error

@@ -99,3 +99,13 @@ def test_drawn_answers_follow_from_the_seed(
     assert draw(1) == draw(1) != draw(2)
     greedy = answered(tiny_model, capsys, prompt="Hi")
     assert answered(tiny_model, capsys, prompt="Hi", temperature=1e-4) == greedy
+
+
+def test_image_root_is_of_a_file_of_questions(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--image_root goes with --jsonl alone, got --prompt"):
+        Wishes(prompt="What?", image_root=[tmp_path])
+    (tmp_path / "in.jsonl").write_text("")
+    files = {"jsonl": tmp_path / "in.jsonl", "out": tmp_path / "out.jsonl"}
+    Wishes(**files, image_root=[tmp_path]).check_files()
+    with pytest.raises(ConfigError, match="--image_root .*/none is no folder; name one"):
+        Wishes(**files, image_root=[tmp_path / "none"]).check_files()

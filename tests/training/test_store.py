@@ -1,5 +1,6 @@
 """What a checkpoint is, every kind of damage to one, and which one is found."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from phi3v.errors import CheckpointError
+from phi3v import reading
+from phi3v.errors import CheckpointError, MachineError
 from phi3v.files import sha256
+from phi3v.training.checkpoints import store
 from phi3v.training.checkpoints.store import (
     MANIFEST,
     find_damage,
@@ -229,3 +232,23 @@ def test_where_none_is_whole_every_damage_is_named(
     with pytest.raises(CheckpointError, match="holds no whole checkpoint of step 4 .*a.pt is"):
         find_step(tmp_path, 4)
     assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_that_the_machine_cannot_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the run would go on from an older one."""
+    checkpoint = save(tmp_path, 3)
+    monkeypatch.setattr(reading, "PAUSES", (0.0,))
+    failures = [errno.EIO]
+
+    def failing(path: Path, *_: object) -> str:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop()), str(path))
+        return sha256(path)
+
+    monkeypatch.setattr(store, "sha256", failing)
+    assert find_damage(checkpoint) is None and not failures
+    failures[:] = [errno.ESTALE, errno.ESTALE]
+    with pytest.raises(MachineError, match="cannot be read .Stale file handle, 2 times"):
+        find_damage(checkpoint)
