@@ -185,7 +185,8 @@ def _differing(before: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
 
 def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
     section = cfg.sources[number]
-    source = open_source(section, work.spool(number))
+    also = cfg.split.by, cfg.split.stratify
+    source = open_source(section, work.spool(number), also=also)
     if not source.num_rows:
         raise ConfigError(f"source.path {source.path} holds no rows; check the file")
     columns = source.columns
