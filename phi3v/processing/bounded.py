@@ -128,6 +128,7 @@ def _ready() -> _Server:
     global _server
     if _server is not None and _server.owner != os.getpid():  # a fork has copied it
         _server.way.close()
+        _server.process.returncode = 0  # it is no child of this process, which need not wait for it
         _server = None
     if _server is None:
         _server = _Server()
@@ -173,7 +174,10 @@ def serve(handle: int) -> None:
 
 
 def _worked(way: socket.socket) -> Any:
-    """The answer to the next request, or an error to be raised."""
+    """The answer to the next request, or an error to be raised.
+
+    Raises: EOFError if there is none, for nobody is there to ask.
+    """
     try:
         function, arguments, seconds = _receive(way)
         data = bytes(_receive_block(way))
@@ -181,6 +185,8 @@ def _worked(way: socket.socket) -> Any:
         return function(data, *arguments)
     except (SampleError, MemoryError) as error:
         return type(error)(*error.args)  # the error itself holds on to what was decoded
+    except EOFError:
+        raise
     except Exception as error:  # a defect, with the lines where it is
         return RuntimeError("".join(traceback.format_exception(error)))
     finally:
