@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -66,17 +66,23 @@ def hub_digest(section: SourceSection) -> str:
 
 
 def open_dataset(
-    section: SourceSection, work: Path, state: dict[str, Any] | None = None
+    section: SourceSection,
+    work: Path,
+    state: dict[str, Any] | None = None,
+    also: Collection[str | None] | None = None,
 ) -> TableRows | FolderRows:
     """Open a folder or a hub dataset; `work` is where rows that are streamed are spooled.
+
+    also  as of `open_source`
 
     Raises: ConfigError if it cannot be read or reached, or has no such split.
     """
     path = section.paths[0]
+    needed = (None, ()) if also is None else (section, also)
     if state is not None and "texts" in state:
         return reopened(state)
     if state is not None:
-        return open_streams(path, [Path(file) for file in state["files"]], state)
+        return open_streams(path, [Path(file) for file in state["files"]], state, *needed)
     if (folder := local_path(path)).is_dir():
         with _told(path):
             check_folder(section, folder)
@@ -84,12 +90,14 @@ def open_dataset(
         return open_texts(texts, section.max_rows, section.delimiter)
     dataset = _load(section)
     if isinstance(dataset, datasets.Dataset):
-        rows = open_streams(path, [Path(entry["filename"]) for entry in dataset.cache_files])
+        files = [Path(entry["filename"]) for entry in dataset.cache_files]
+        rows = open_streams(path, files, None, *needed)
         if rows.num_rows == dataset.num_rows:
             return rows
         dataset = dataset.to_iterable_dataset()
     identity = [path, section.config, section.split, section.revision, section.max_rows]
-    return open_streams(path, spool(dataset, work / _sha256(identity)[:16], section))
+    files = spool(dataset, work / _sha256(identity)[:16], section)
+    return open_streams(path, files, None, *needed)
 
 
 def _is_saved(folder: Path) -> bool:

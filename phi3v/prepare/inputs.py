@@ -92,7 +92,8 @@ def open_inputs(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> Inputs:
     cache = ImageCache(fetch_folder(cfg), cfg.fetch)
     parts = []
     for number, (section, state) in enumerate(zip(cfg.sources, plan.states, strict=True)):
-        source = open_source(section, work.spool(number), state)
+        also = cfg.split.by, cfg.split.stratify
+        source = open_source(section, work.spool(number), state, also)
         section = _with_named(section, cfg.split)
         limits = (cfg.max_pixels, cache, cfg.images, reach(section), cfg.max_row_bytes)
         loader = ImageLoader(image_root(section), *limits)

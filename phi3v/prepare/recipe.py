@@ -195,7 +195,8 @@ def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
 
 
 def _opened(section: SourceSection, cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
-    source = open_source(section, work.spool(number))
+    also = cfg.split.by, cfg.split.stratify
+    source = open_source(section, work.spool(number), also=also)
     if not source.num_rows:
         raise ConfigError(f"source.path {source.path} holds no rows; check the file")
     columns = source.columns

@@ -10,7 +10,7 @@ rejected and counted; a file that cannot be cut into rows is refused.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -119,18 +119,26 @@ class Source:
         return self.rows.state()
 
 
-def open_source(section: SourceSection, work: Path, state: dict[str, Any] | None = None) -> Source:
+def open_source(
+    section: SourceSection,
+    work: Path,
+    state: dict[str, Any] | None = None,
+    also: Collection[str | None] | None = None,
+) -> Source:
     """Open a section that has one path; `work` is a folder for rows that can only be streamed.
+
+    also  columns that are needed beside those that the section names; None: all are, of a table too
 
     Raises: ConfigError if there is no such source, it is of no known kind, or it is damaged.
     """
     path = check_source(section.paths[0])
     if path is None or path.is_dir():
-        return Source(section, open_dataset(section, work, state))
+        return Source(section, open_dataset(section, work, state, also))
     _refuse_unread(section, path)
     if path.suffix.lower() in KINDS:
         return Source(section, open_text(path, section.max_rows, state, section.delimiter))
-    return Source(section, open_table(path, state))
+    needed = (None, ()) if also is None else (section, also)
+    return Source(section, open_table(path, state, *needed))
 
 
 def _refuse_unread(section: SourceSection, path: Path) -> None:

@@ -20,6 +20,7 @@ import socket
 import struct
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -39,6 +40,7 @@ PACKAGE = Path(__file__).parents[1]
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
 """Each thread would set memory aside, and how much is allowed would depend on the processors."""
 
+STDERR = 2
 SIZE = struct.Struct("Q")  # of what follows, in bytes
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
@@ -71,7 +73,6 @@ class _Server:
             [sys.executable, "-I", "-S", "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # libtiff tells it of every damaged tag
             pass_fds=[other.fileno()],
             env=os.environ | ONE_THREAD,
         )
@@ -127,6 +128,7 @@ def _ready() -> _Server:
     global _server
     if _server is not None and _server.owner != os.getpid():  # a fork has copied it
         _server.way.close()
+        _server.process.returncode = 0  # it is no child of this process, which need not wait for it
         _server = None
     if _server is None:
         _server = _Server()
@@ -159,6 +161,7 @@ def serve(handle: int) -> None:
     """Answer requests until nobody can ask any more; the other side of `bounded`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends at Ctrl-C, and this with it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)  # libtiff tells it of every damaged tag
     most = _size() + LEFT_BYTES
     with socket.socket(fileno=handle) as way:
         try:
@@ -171,7 +174,10 @@ def serve(handle: int) -> None:
 
 
 def _worked(way: socket.socket) -> Any:
-    """The answer to the next request, or an error to be raised."""
+    """The answer to the next request, or an error to be raised.
+
+    Raises: EOFError if there is none, for nobody is there to ask.
+    """
     try:
         function, arguments, seconds = _receive(way)
         data = bytes(_receive_block(way))
@@ -179,13 +185,20 @@ def _worked(way: socket.socket) -> Any:
         return function(data, *arguments)
     except (SampleError, MemoryError) as error:
         return type(error)(*error.args)  # the error itself holds on to what was decoded
+    except EOFError:
+        raise
+    except Exception as error:  # a defect, with the lines where it is
+        return RuntimeError("".join(traceback.format_exception(error)))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _allow(more: int) -> None:
     """Let this process take so many bytes beyond what it has."""
-    resource.setrlimit(resource.RLIMIT_AS, (_size() + more, resource.RLIM_INFINITY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = _size() + more
+    soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _size() -> int:
@@ -209,7 +222,8 @@ def _receive(way: socket.socket) -> Any:
     return pickle.loads(body, buffers=buffers)
 
 
-def _send_block(way: socket.socket, block: bytes | memoryview) -> None:
+def _send_block(way: socket.socket, block: Any) -> None:
+    """Send bytes, or what lies as bytes."""
     way.sendall(SIZE.pack(len(block)))
     way.sendall(block)
 

@@ -41,13 +41,12 @@ from phi3v.processing.pixels import (
     turned,
     upright_size,
 )
-from phi3v.processing.structure import is_plain, num_scans
+from phi3v.processing.structure import ENDLESS, MOST_SCANS, is_endless, is_plain
 
 Result = TypeVar("Result")
 
-SECONDS, SECONDS_PER_MEGAPIXEL, MOST_SECONDS = 3.0, 0.36, 20.0
+SECONDS, SECONDS_PER_MEGAPIXEL, MOST_SECONDS = 2.0, 0.36, 20.0
 """Of processor time; the slowest honest pictures, JPEG 2000, take 0.12 for a million pixels."""
-MOST_SCANS = 50  # of a JPEG; each is a pass over all of its pixels, and takes 82 bytes or more
 
 NO_MEMORY = re.compile(r"decoder error -9|out of memory", re.IGNORECASE)  # of Pillow's decoders
 
@@ -121,9 +120,10 @@ def open_picture(data: bytes, name: str, max_pixels: int, rules: ImagesSection) 
     """
     if not data:
         raise SampleError(f"image cannot be read: {name}, it has 0 bytes")
-    if num_scans(data, MOST_SCANS) > MOST_SCANS:
+    if not is_plain(data) and is_endless(data):
         raise SampleError(
-            f"image takes too much to decode: {name}, a JPEG of more than {MOST_SCANS} scans"
+            f"image takes too much to decode: {name}, a JPEG of more than {MOST_SCANS} scans or "
+            f"{ENDLESS:,} segments"
         )
     width, height = _within_budget(header_size, data, name, rules, max_pixels, pixels=0)
     return Picture(data, name, width, height, rules)

@@ -1,7 +1,7 @@
 """What the markers of a picture file tell of the work in it, read before a decoder sees the file.
 
     is_plain(data)   # a JPEG or PNG as cameras and programs write them, of moderate size
-    num_scans(data)  # how often a JPEG goes over its pixels
+    is_endless(data)  # a JPEG that goes over its pixels again and again
 
 A plain picture takes at most about 0.3 GB and half a second, whatever its bytes are. Nothing is
 said of any other, which may be as good: it is decoded where it can do no harm (bounded.py).
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 PLAIN_PIXELS = 20_000_000
 PLAIN_SCANS = 20
 """Of a JPEG; programs write 10 at most, or 13."""
+MOST_SCANS = 50  # each is a pass over all pixels, and takes 82 bytes or more
+ENDLESS = 5_000  # segments; a profile takes 255 of them at most
 MOST_SEGMENTS = 200
 MOST_EXTRA = 1 << 20  # bytes that are not of the pixels, such as a profile
 MOST_EXIF = 1 << 16  # bytes; each of its tags may repeat them all
@@ -20,7 +22,7 @@ MOST_CHUNKS = 64  # of a PNG, that are not of its pixels
 LEAST_CHUNK = 1024  # bytes of pixels in a chunk, on average
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # not within what is coded
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # not within what is coded
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 START, END, SCAN, APP1 = 0xD8, 0xD9, 0xDA, 0xE1
@@ -37,15 +39,18 @@ def is_plain(data: bytes) -> bool:
     return data.startswith(PNG) and _is_plain_png(data)
 
 
-def num_scans(data: bytes, most: int) -> int:
-    """How many scans a JPEG has, counted to one more than `most`; 0 of another picture."""
-    if not data.startswith(JPEG):
-        return 0
+def is_endless(data: bytes) -> bool:
+    """Whether a picture is a JPEG of more than MOST_SCANS scans, or of ENDLESS segments."""
+    return data.startswith(JPEG) and _num_scans(data) > MOST_SCANS
+
+
+def _num_scans(data: bytes) -> int:
+    """How many scans a JPEG has, counted to one more than MOST_SCANS."""
     found = 0
-    for code, _, _ in _segments(data):
+    for number, (code, _, _) in enumerate(_segments(data)):
         found += code == SCAN
-        if found > most:
-            break
+        if found > MOST_SCANS or number > ENDLESS:
+            return MOST_SCANS + 1
     return found
 
 
@@ -89,7 +94,7 @@ def _is_moderate(data: bytes, code: int, frame: bytes, scan: bytes) -> bool:
         return False
     if code != PROGRESSIVE and scan[:1] == frame[5:6]:  # all its components are in the one scan
         return True
-    return num_scans(data, PLAIN_SCANS) <= PLAIN_SCANS
+    return _num_scans(data) <= PLAIN_SCANS
 
 
 def _is_plain_png(data: bytes) -> bool:
