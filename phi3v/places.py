@@ -63,7 +63,7 @@ def missing_image(root: Path, text: str, reach: Reach) -> SampleError:
     """Why a path is none of a picture: it is a folder, or nothing is there, but this is near."""
     place = root / shortened(text)
     if text and kind_at(place) == FOLDER:
-        return SampleError(f"image is not a plain file: {place}, it is a folder")
+        return SampleError(f"image does not exist: {place}, which is a folder")
     may_look = len(text) < LONG and reach.holds(os.path.realpath(place.parent))
     close = nearby(place) if may_look else None
     there = f"; there is {close}" if close else ""

@@ -201,8 +201,7 @@ def _blobs(folder: str) -> str | None:
     parts = Path(folder).parts
     for place in range(len(parts) - 1, 1, -1):
         if parts[place - 1] == "snapshots" and parts[place - 2].startswith(HUB_REPOSITORY):
-            blobs = os.path.join(*parts[: place - 1], "blobs")
-            return blobs if os.path.realpath(blobs) == blobs else None
+            return os.path.join(*parts[: place - 1], "blobs")  # if it is a link, no path begins so
     return None
 
 

@@ -212,8 +212,10 @@ def test_an_error_that_nobody_thought_of_is_not_the_files(
 ) -> None:
     path = write_picture(tmp_path / "a.png")
     monkeypatch.setattr(os, "open", failing("EXFULL", 1, os.open, path))
-    with pytest.raises(MachineError, match="Exchange full"):
-        EVERYWHERE.read(str(path), "a.png", LIMIT)
+    monkeypatch.setattr(os, "stat", failing("EXFULL", 1, os.stat, path))
+    for ask in (lambda: EVERYWHERE.read(str(path), "a.png", LIMIT), lambda: kind_at(path)):
+        with pytest.raises(MachineError, match="Exchange full"):
+            ask()
 
 
 def test_a_full_disk_and_a_librarys_words_are_none_of_the_machine() -> None:

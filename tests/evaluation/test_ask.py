@@ -133,7 +133,7 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path: Path, content: bytes, re
 def test_a_picture_that_is_not_there_is_told_by_its_path_once(tmp_path: Path) -> None:
     missing = tmp_path / "no.jpg"
     for path, fault in (
-        (tmp_path, f"image is not a plain file: {tmp_path}, it is a folder"),
+        (tmp_path, f"image does not exist: {tmp_path}, which is a folder"),
         (missing, f"image does not exist: {missing}"),
     ):
         with pytest.raises(ConfigError) as caught:

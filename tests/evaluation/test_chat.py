@@ -126,7 +126,7 @@ def test_an_image_tag_that_the_model_says_is_text(talk: Talk, asker: Asker) -> N
 
 
 def test_a_picture_given_at_the_start_must_be_one(asker: Asker, tmp_path: Path) -> None:
-    with pytest.raises(SampleError, match="image is not a plain file: .*, it is a folder"):
+    with pytest.raises(SampleError, match="image does not exist: .*, which is a folder"):
         Chat(asker, print, print).add_picture(tmp_path)
 
 

@@ -211,7 +211,7 @@ def test_pictures_are_found_as_prepare_finds_them(asker: Asker, tmp_path: Path) 
         "red hats/A B.PNG": f"A B.PNG; there is {tmp_path / 'red hats/a b.png'}",
         "https://a.b/c.png": "https://a.b/c.png is an address; bring the file and name its path",
         "data:image/png;base64,AAAA": "data:image/png;base64,AAAA is an address; bring the file",
-        "red hats": f"image is not a plain file: {tmp_path / 'red hats'}, it is a folder",
+        "red hats": f"image does not exist: {tmp_path / 'red hats'}, which is a folder",
     }
     rows = [{"id": None, "prompt": "What?", "images": [name]} for name in [*names, *wrong]]
     source = write_jsonl(tmp_path / "in.jsonl", rows)

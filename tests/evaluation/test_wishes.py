@@ -48,7 +48,7 @@ def test_files_are_looked_at_before_a_model_is_opened(tmp_path: Path) -> None:
         Wishes(prompt="What?", images=[tmp_path]),
         Wishes(jsonl=write_jsonl(tmp_path / "in.jsonl", []), out=tmp_path),
     ):
-        with pytest.raises(ConfigError, match=f"{tmp_path},? (it )?is a folder; name a"):
+        with pytest.raises(ConfigError, match=f"{tmp_path},? (which )?is a folder; name a"):
             fulfil(wishes, open_nothing, open_nothing, read_messages)
 
 

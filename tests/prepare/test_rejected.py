@@ -45,7 +45,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (with_image("text.png"), "image cannot be read: text.png, it is a web page, not the file"),
     (with_image("line.png"), "image is too narrow: 1x2000 pixels, nothing of the short side is"),
     (with_image("gone.png"), "image does not exist: ROOT/gone.png"),
-    (with_image("."), "image is not a plain file: ROOT, it is a folder"),
+    (with_image("."), "image does not exist: ROOT, which is a folder"),
     (with_image("a\0b"), "image does not exist: ROOT/a\\x00b"),
     (with_image("x" * 5000), f"image does not exist: ROOT/{'x' * 300}..."),
     (with_image("s3://shop/a.png"), "image is at an address of another kind than http(s): s3://"),
@@ -169,7 +169,7 @@ def test_reasons_are_counted_by_what_stands_before_the_colon(
     counted = manifest["rejected"]
     assert counted["by_reason"] == kinds
     assert counted["count"] == sum(kinds.values()) == len(BAD_ROWS) - 1  # no max_tokens here
-    assert kinds["image does not exist"] == 3
+    assert kinds["image does not exist"] == 4
     assert list(counted["by_reason"].values()) == sorted(kinds.values(), reverse=True)
 
 
