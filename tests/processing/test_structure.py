@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from phi3v.processing.structure import is_endless, is_plain
+from phi3v.processing.structure import is_endless, is_plain, webp_size
 from tests.prepare.bombs import bombs, scans
 from tests.prepare.pictures import chunk, good, noise, png_of
 
@@ -106,3 +106,12 @@ def test_a_jpeg_is_looked_through_in_time_that_its_length_bounds() -> None:
         body = frame(0xC2)
         assert not is_endless(body[:-2] + filler * 8_000_000 + body[-2:])
     assert time.process_time() - before < 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lossless": True}, {"save_all": True, "append_images": [noise(Random(1), 301, 7)]}],
+)
+def test_a_webp_says_its_size_before_it_is_opened(options: dict[str, Any]) -> None:
+    assert webp_size(saved("WEBP", noise(Random(0), 301, 7), **options)) == (301, 7)
+    assert webp_size(JPEG) is None and webp_size(b"RIFF") is None
