@@ -41,7 +41,7 @@ from phi3v.processing.pixels import (
     turned,
     upright_size,
 )
-from phi3v.processing.structure import ENDLESS, MOST_SCANS, is_endless, is_plain
+from phi3v.processing.structure import ENDLESS, MOST_SCANS, is_endless, is_plain, webp_size
 
 Result = TypeVar("Result")
 
@@ -163,6 +163,8 @@ def header_size(data: bytes, name: str, rules: ImagesSection, max_pixels: int) -
 
     Raises: SampleError as `open_picture`.
     """
+    if size := webp_size(data):
+        check_size(*size, name, max_pixels)
     with reading(name, data), _open(data) as image:
         check_size(*image.size, name, max_pixels)
         return upright_size(image, data, rules)

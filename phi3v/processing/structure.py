@@ -54,6 +54,23 @@ def _num_scans(data: bytes) -> int:
     return found
 
 
+def webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a WebP, for whose canvas its decoder takes memory when it is opened.
+
+    Source: RFC 9649, sections 2.5 to 2.7.
+    """
+    if not (data.startswith(b"RIFF") and data[8:15] == b"WEBPVP8"):
+        return None
+    kind, head = data[15:16], data[20:30]
+    if kind == b"X":
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"L":
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = (int.from_bytes(head[k : k + 2], "little") & 0x3FFF for k in (6, 8))
+    return width, height
+
+
 def _segments(data: bytes) -> Iterator[Segment]:
     """The segments of a JPEG up to its end, as libjpeg finds them: it passes over bytes between."""
     place = 0

@@ -28,7 +28,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         "segments of a JPEG",
         _saved("JPEG").replace(b"\xff\xd8", b"\xff\xd8" + COMMENT * 10**6, 1),
     )
-    yield "comments of a PPM", b"P6\n" + b"#\n" * 5_000_000 + b"2 2 255\n" + bytes(12)
+    yield "comments of a PPM", b"P6\n" + b"#\n" * 12_000_000 + b"2 2 255\n" + bytes(12)
     yield "chunks of a PNG", _chunks(3_000_000)
     yield "canvas of a WebP", _webp_canvas(SIDE, SIDE - 1)
 

@@ -18,7 +18,8 @@ from phi3v.config.dataset import FetchSection, ImagesSection
 from phi3v.errors import SampleError
 from phi3v.pictures import PUBLISHED
 from phi3v.prepare.fetch import ImageCache
-from phi3v.prepare.images import ImageLoader, Picture
+from phi3v.prepare.images import ImageLoader
+from phi3v.processing.decoding import Picture
 from phi3v.processing.pixels import FORMATS
 from phi3v.reading import Reach
 from tests.prepare.hosts import Host
