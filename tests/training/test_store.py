@@ -252,3 +252,15 @@ def test_a_checkpoint_that_the_machine_cannot_read_is_not_damaged(
     failures[:] = [errno.ESTALE, errno.ESTALE]
     with pytest.raises(MachineError, match="cannot be read .Stale file handle, 2 times"):
         find_damage(checkpoint)
+
+
+def test_a_manifest_that_the_machine_cannot_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path, **_: object) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    checkpoint = save(tmp_path, 3)
+    monkeypatch.setattr(Path, "read_text", failing)
+    with pytest.raises(MachineError, match=f"{MANIFEST} cannot be read .Stale file handle"):
+        find_damage(checkpoint)
