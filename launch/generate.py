@@ -6,9 +6,8 @@
 
 MODEL is a Hugging Face folder, a hub name, or a run folder (its newest checkpoint, or --step N).
 Images are shown before the prompt unless it places them itself with <|image_1|>, <|image_2|>, ...
-A line of IN is {"id", "prompt", "images": [PATH, ...]} or {"id", "messages", "images"}, a line of
-OUT {"id", "prediction"}, or {"id", "error"} and exit code 2 at the end. The answers are greedy
-unless there is a temperature.
+A line of IN is {"id", "prompt", "images": [PATH, ...]} or {"id", "messages", "images"}, of OUT
+{"id", "prediction"}, or {"id", "error"} and exit code 2. Answers are greedy without a temperature.
 """
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawTextHelpFormatter
@@ -42,8 +41,9 @@ def parse() -> Namespace:
     add("--chat", action="store_true", help="a conversation on stdin")
     add("--jsonl", type=Path, metavar="IN", help="a file of questions")
     add("--out", type=Path, metavar="OUT", help="file of the answers to --jsonl")
+    add("--image_root", nargs="+", type=Path, default=[], help="of --jsonl, default: IN's folder")
     add("--step", metavar="N", help="of a run, or best; default: the newest checkpoint")
-    images = "pictures, or their https addresses, shown with the question, the first of --chat"
+    images = "pictures, or their https addresses, of the question, the first of --chat"
     add("--image", nargs="+", default=[], metavar="FILE", dest="images", help=images)
     add("--system", metavar="TEXT", help="what the model is told first")
     as_it_comes = "show the answer as it comes; default: on a terminal"

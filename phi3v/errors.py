@@ -5,6 +5,7 @@
       ShardError       a shard is missing, corrupt, or was made by another recipe
       SampleError      one conversation or image cannot be used (carries its id)
       CheckpointError  incomplete, or does not fit this run
+      MachineError     what is there could not be read: a disk, a file server, memory
       Disagreement     a step that was taken again gave other numbers than its run wrote down
       Diverged         a run did all its steps, and its loss rose far above where it began
       Stopped          no mistake: the run was asked to stop, and has saved
@@ -39,6 +40,14 @@ class SampleError(Phi3VError):
 
 class CheckpointError(Phi3VError):
     """A checkpoint is incomplete or does not fit the run."""
+
+
+class MachineError(Phi3VError):
+    """The machine failed at what it was to read: its disk or file server, its memory, its limits.
+
+    It says nothing about what was to be read. All that was finished stays, and the same command
+    goes on once the machine is well.
+    """
 
 
 class Disagreement(Phi3VError):

@@ -96,26 +96,3 @@ def sha256(path: Path, told: Callable[[int], object] = lambda size: None) -> str
             digest.update(block)
             told(len(block))
     return digest.hexdigest()
-
-
-LFS = b"version https://git-lfs"
-HEAD = 512  # bytes that tell what a file is
-
-
-def disguise(path: Path) -> str | None:
-    """What a file is instead of what its name says, and the way out: a git-lfs pointer, a web page.
-
-    None for a file that may be what it should.
-    """
-    with path.open("rb") as file:
-        return disguise_of(file.read(HEAD))
-
-
-def disguise_of(head: bytes) -> str | None:
-    """The same, of the first bytes of a file."""
-    if head.startswith(LFS):
-        return "a pointer of git-lfs, not the file itself; bring the files by `git lfs pull`"
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "a web page, not the file itself; download it again, signed in where it asks"
-    return None

@@ -15,7 +15,11 @@ from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote
 
+from phi3v.errors import SampleError
+from phi3v.reading import FOLDER, Reach, kind_at
+
 FOLDERS = 64  # whose names are remembered
+LONG = 300  # characters of a path that are shown
 
 
 def local_path(text: str) -> Path:
@@ -26,20 +30,49 @@ def local_path(text: str) -> Path:
 
 
 def find_file(root: str | Path, text: str) -> str | None:
-    """The file that a path of a row means; None if there is none.
+    """What a path of a row means, if anything but a folder is there: a file, or what is none.
 
     root  where a relative path starts
+
+    Raises: MachineError if it cannot be found out.
     """
     path = os.path.join(root, text)
-    if os.path.isfile(path):  # False for a text of any kind, where Path.is_file raises
+    if kind_at(path) not in (None, FOLDER):
         return path
     if not text.isprintable() or len(text) > os.pathconf("/", "PC_PATH_MAX"):
         return None
     for other in _spellings(text):
         path = os.path.join(root, other)
-        if os.path.isfile(path):
+        if kind_at(path) not in (None, FOLDER):
             return path
     return None
+
+
+def read_image(root: Path, text: str, reach: Reach, max_bytes: int) -> bytes | None:
+    """Read the picture that a path of a row means; None if nothing is there.
+
+    root, reach  where a relative path starts, and where files may lie
+
+    Raises: as `Reach.read`.
+    """
+    path = find_file(root, text)
+    return None if path is None else reach.read(path, shortened(text), max_bytes)
+
+
+def missing_image(root: Path, text: str, reach: Reach) -> SampleError:
+    """Why a path is none of a picture: it is a folder, or nothing is there, but this is near."""
+    place = root / shortened(text)
+    if text and kind_at(place) == FOLDER:
+        return SampleError(f"image does not exist: {place}, which is a folder")
+    may_look = len(text) < LONG and reach.holds(os.path.realpath(place.parent))
+    close = nearby(place) if may_look else None
+    there = f"; there is {close}" if close else ""
+    return SampleError(f"image does not exist: {place}{there}")
+
+
+def shortened(text: str) -> str:
+    """A path as messages show it: it may be a whole image in base64."""
+    return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
 def _spellings(text: str) -> Iterator[str]:

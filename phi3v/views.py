@@ -5,9 +5,11 @@ here, so that they are the same numbers. The global view is a bicubic thumbnail 
 canvas, which is why it cannot be stored as uint8 and is made anew each time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -59,3 +61,15 @@ def _constants(settings: ViewSettings, device: torch.device) -> tuple[Tensor, Te
     values = ((255.0,), settings.mean, settings.std)
     white, mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in values)
     return white, mean[:, None, None], std[:, None, None]
+
+
+def pixel_values(canvases: Sequence[np.ndarray], slots: int, settings: ViewSettings) -> Tensor:
+    """The published processor's tensor: views of each image, then slots of zeros.
+
+    returns  (I, slots, 3, crop_size, crop_size) float32
+    """
+    stacked = torch.zeros(len(canvases), slots, 3, settings.crop_size, settings.crop_size)
+    for index, canvas in enumerate(canvases):
+        views = make_views(torch.from_numpy(canvas), settings)
+        stacked[index, : len(views)] = views
+    return stacked

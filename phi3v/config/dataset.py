@@ -13,6 +13,8 @@ from phi3v.errors import ConfigError
 
 Alpha = Literal["white", "published"]
 Exif = Literal["apply", "published"]
+MAX_PIXELS, MAX_ROW_BYTES = 100_000_000, 268435456
+"""Of a picture, and of a row's pictures, where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,11 @@ class SourceSection:
     `user` is given, else what the first row's names tell."""
 
     image_root: str | None = None
-    """Folder where relative image paths start; default: the folder that holds `path`."""
+    """Folder where relative image paths start, and in which images must lie once links are
+    followed; default: the folder that holds `path`."""
+
+    image_folders: tuple[str, ...] | None = None
+    """Further folders that images, and links of a folder of data, may lead to; `/` allows all."""
 
     user: str | None = None
     """The question; {name} stands for a column, <|image_1|> for the first image. Columns only."""
@@ -97,6 +103,8 @@ class SourceSection:
         )
         filled(source__references=self.references, source__id=self.id)
         filled(source__license=self.license)
+        for folder in self.image_folders or ():
+            filled(source__image_folders=folder)
         if not self.paths:
             raise ConfigError("source.path must name at least one file, folder or hub dataset")
         for path in self.paths:
@@ -293,8 +301,19 @@ class DatasetConfig:
     images: ImagesSection = ImagesSection()
     """How the pixels of a picture are read."""
 
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
     """Pixels (width x height) of a picture at most; larger ones are rejected undecoded."""
+
+    max_images: int = 128
+    """Images of one row at most; rows with more are rejected before any is opened."""
+
+    max_row_bytes: int = MAX_ROW_BYTES
+    """Bytes that the images of one row may take, their files and their canvases together; default
+    256 MiB."""
+
+    max_characters: int = 2_000_000
+    """Characters of one row's messages at most; rows with more are rejected before they are
+    tokenised."""
 
     split: SplitSection = SplitSection()
     """What is held out."""
@@ -324,6 +343,9 @@ class DatasetConfig:
             num_crops=self.num_crops,
             max_tokens=self.max_tokens,
             max_pixels=self.max_pixels,
+            max_images=self.max_images,
+            max_row_bytes=self.max_row_bytes,
+            max_characters=self.max_characters,
             shard_bytes=self.shard_bytes,
             workers=self.workers,
         )

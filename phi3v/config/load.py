@@ -29,6 +29,7 @@ from phi3v.config.keys import SECTIONS
 from phi3v.config.names import nearest
 from phi3v.config.schema import EvaluationConfig, RunConfig, SuiteConfig
 from phi3v.errors import ConfigError
+from phi3v.reading import PLAIN, kind_at
 
 Recipe = TypeVar("Recipe", RunConfig, DatasetConfig, EvaluationConfig, SuiteConfig)
 
@@ -185,7 +186,9 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if (kind := kind_at(path)) not in (None, PLAIN):
+        raise ConfigError(f"recipe {path} is {kind}; name a YAML file, see launch/recipes/")
+    if kind is None:
         near = [each for each in map(path.with_suffix, (".yaml", ".yml")) if each.is_file()]
         hint = f"did you mean {near[0]}?" if near else "name a YAML file, see launch/recipes/"
         raise ConfigError(f"recipe {path} does not exist; {hint}")

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from phi3v.errors import ShardError
+from phi3v.reading import is_of_machine
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -68,6 +69,18 @@ INDEX_SCHEMA_OF_BEFORE = pa.schema(
 )
 SEAL = "manifest_sha256"  # key of the manifest's digest over all its other keys
 END_BYTES = 8  # of the mark at the end of a stream
+
+
+def advice(error: Exception) -> str:
+    """What to do where a file of a dataset cannot be read: nothing to it, if the machine failed."""
+    if is_of_machine(error):
+        return (
+            "the machine failed, not the dataset: look after the disk or the file server, then "
+            "start the same command again"
+        )
+    if isinstance(error, PermissionError):
+        return "give the right to read it"
+    return PREPARE_AGAIN
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from phi3v.data.format import (
     INDEX_SCHEMA_OF_BEFORE,
     PREPARE_AGAIN,
     SCHEMA,
+    advice,
     check_seal,
     read_manifest,
 )
@@ -85,7 +86,7 @@ class Dataset:
         try:
             self._read_index(path, verify)
         except UNREADABLE as error:
-            raise ShardError(f"{path} cannot be read ({error}); {PREPARE_AGAIN}") from error
+            raise ShardError(f"{path} cannot be read ({error}); {advice(error)}") from error
         self._map = lru_cache(maxsize=None)(_map)
         self._open = lru_cache(maxsize=OPEN_SHARDS)(_File)
 
@@ -260,7 +261,7 @@ class Dataset:
         except UNREADABLE as error:
             raise ShardError(
                 f"{self._shard_path(index)} cannot be read at sample {index} ({error}); "
-                f"{PREPARE_AGAIN}"
+                f"{advice(error)}"
             ) from error
 
     def _mapped(self, index: int) -> pa.Buffer:

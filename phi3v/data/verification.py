@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3v.data.format import PREPARE_AGAIN, check_seal, read_manifest
+from phi3v.data.format import PREPARE_AGAIN, advice, check_seal, read_manifest
 from phi3v.errors import ShardError
 from phi3v.files import sha256
 
@@ -40,6 +40,8 @@ class ListedFile:
             raise ShardError(
                 f"{self.path} is missing though the manifest lists it; {PREPARE_AGAIN}"
             ) from error
+        except OSError as error:
+            raise ShardError(f"{self.path} cannot be read ({error}); {advice(error)}") from error
         if size != self.bytes:
             raise ShardError(
                 f"{self.path} has {size:,} bytes, the manifest says {self.bytes:,}; {PREPARE_AGAIN}"
@@ -54,10 +56,7 @@ class ListedFile:
         try:
             found = sha256(self.path, told)
         except OSError as error:
-            raise ShardError(
-                f"{self.path} cannot be read ({error}); bring it back from a copy, or "
-                f"{PREPARE_AGAIN}"
-            ) from error
+            raise ShardError(f"{self.path} cannot be read ({error}); {advice(error)}") from error
         if found != self.sha256:
             raise ShardError(
                 f"{self.path} has SHA-256 {found[:12]}..., the manifest says "

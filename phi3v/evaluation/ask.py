@@ -7,28 +7,26 @@ Pictures stand before the text unless its tags <|image_1|>, <|image_2|>, ... pla
 the k-th of which is the k-th picture.
 """
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from phi3v.config.dataset import ImagesSection
+from phi3v.config.dataset import MAX_PIXELS, MAX_ROW_BYTES, ImagesSection
 from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.models import open_model
 from phi3v.pictures import PUBLISHED
-from phi3v.places import find_file, local_path, nearby
-from phi3v.processing import Phi3VProcessor
-from phi3v.processing.pixels import FORMATS, to_rgb
+from phi3v.places import LONG, local_path, missing_image, read_image, shortened
+from phi3v.processing import Phi3VProcessor, decoding
 from phi3v.processing.prompt import Message, encode_messages, image_tags, settle_tags
+from phi3v.reading import EVERYWHERE, Reach
 from phi3v.sample import Canvas
 
 ADDRESS = re.compile(r"(?:(https?|s3|gs|ftp|file):/+|(data):(?=\w+/))", re.IGNORECASE)
-LONG = 300  # characters of a path that are shown
 
 Show = Callable[[str], None]
 
@@ -108,54 +106,32 @@ def user_turn(text: str, num_pictures: int, first: int = 1) -> Message:
     return Message(role="user", content=text)
 
 
-def open_picture(path: Path | str, rules: ImagesSection, root: Path = Path()) -> Image.Image:
-    """Open a picture and decode it to RGB, as `phi3v.processing.pixels` says.
+def open_picture(
+    path: Path | str, rules: ImagesSection, root: Path = Path(), reach: Reach = EVERYWHERE
+) -> Image.Image:
+    """Open a picture and decode it to RGB, as prepare opens and decodes it.
 
-    path  as prepare takes it, written by another system too (phi3v/places.py)
-    root  where a relative one starts
+    path   as prepare takes it, written by another system too (phi3v/places.py)
+    root   where a relative one starts
+    reach  where it may lie
 
-    Raises: SampleError if it cannot be read, or its pixels have no agreed meaning.
+    Raises: SampleError if it cannot be read, may not be, or its pixels have no agreed meaning.
     """
-    path = _file(str(path), root)
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return to_rgb(image, rules).image
-    except SampleError as error:
-        raise SampleError(f"{path}: {error}") from error
-    except Exception as error:  # Pillow's decoders: OSError, SyntaxError, RuntimeError and others
-        reason = _reason(error)
-        raise SampleError(
-            f"{path} is no picture that can be read ({reason}); name a picture"
-        ) from error
+    text = _local(str(path))
+    data = read_image(root, text, reach, MAX_ROW_BYTES)
+    if data is None:
+        raise missing_image(root, text, reach)
+    return decoding.open_picture(data, shortened(text), MAX_PIXELS, rules).decode().image
 
 
-def _file(text: str, root: Path) -> Path:
-    """The file that a text names; `Path` may have taken a slash from an address."""
+def _local(text: str) -> str:
+    """The path in a text that may be an address, from which `Path` may have taken a slash."""
     scheme = ADDRESS.match(text)
-    if scheme and (scheme[1] or scheme[2]).lower() != "file":
+    if scheme is None:
+        return text
+    if (scheme[1] or scheme[2]).lower() != "file":
         raise SampleError(f"{text[:LONG]} is an address; bring the file and name its path")
-    place = local_path(f"file://{text[scheme.end() :]}") if scheme else Path(text)
-    if found := find_file(root, str(place)):
-        return Path(found)
-    path = root / place
-    fault = file_fault(path) or "is no file"
-    close = nearby(path) if fault == "does not exist" else None
-    there = f", there is {close}" if close else ""
-    raise SampleError(f"{str(path)[:LONG]} {fault}{there}; name a picture")
-
-
-def file_fault(path: Path) -> str | None:
-    """Why a path names no file: it "does not exist", "is a folder"; None if it names one."""
-    if os.path.isdir(path):  # False for a text of any kind, where Path.is_dir may raise
-        return "is a folder"
-    return None if os.path.exists(path) else "does not exist"
-
-
-def _reason(error: Exception) -> str:
-    """Why Pillow refuses a file, without the file's path."""
-    if isinstance(error, UnidentifiedImageError):
-        return "its format is not known"
-    return getattr(error, "strerror", None) or str(error)
+    return str(local_path(f"file://{text[scheme.end() :]}"))
 
 
 def open_shown(path: Path, rules: ImagesSection = PUBLISHED) -> Image.Image:
@@ -166,4 +142,4 @@ def open_shown(path: Path, rules: ImagesSection = PUBLISHED) -> Image.Image:
     try:
         return open_picture(path, rules)
     except SampleError as error:
-        raise ConfigError(f"--image {error}") from error
+        raise ConfigError(f"--image: {error}; name another") from error

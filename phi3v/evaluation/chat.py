@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from phi3v.errors import SampleError
+from phi3v.errors import MachineError, SampleError
 from phi3v.evaluation.ask import Asker, open_picture, user_turn
 from phi3v.processing.prompt import IMAGE_TAG, Message
 
@@ -46,7 +46,7 @@ class Chat:
                 return
             try:
                 self._take(line)
-            except SampleError as error:
+            except (SampleError, MachineError) as error:
                 self.note(str(error))
 
     def add_picture(self, path: Path) -> None:

@@ -21,10 +21,9 @@ from phi3v.errors import SampleError
 from phi3v.evaluation.streaming import TextPieces
 from phi3v.model import Phi3VForCausalLM
 from phi3v.model.weights import STOP_TOKENS
-from phi3v.processing.images import pixel_values
 from phi3v.progress import progress
 from phi3v.sample import Canvas
-from phi3v.views import ViewSettings
+from phi3v.views import ViewSettings, pixel_values
 
 
 @dataclass(frozen=True)

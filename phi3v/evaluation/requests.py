@@ -4,21 +4,22 @@
     {"id": "b", "messages": [{"role": "user", "content": "Hi"}]}   ->  {"id": "b", "error": ..}
 
 A row has a `prompt`, or `messages` as `prepare` takes them, and no key that is not understood
-(phi3v/processing/keys.py); if the last of these is an answer, that
-is what is asked for, and it is not shown to the model. Paths of images start at the file's folder.
-Rows are read, answered and written some at a time, so a file may be of any length; the answers have
-their name when all are written.
+(phi3v/processing/keys.py); if the last of these is an answer, that is what is asked for, and it is
+not shown to the model. Images lie in the file's folder, where their paths start, unless
+--image_root names others. Rows are read, answered and written some at a time, so a file may be of
+any length; the answers have their name when all are written.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from phi3v.errors import ConfigError, SampleError
-from phi3v.evaluation.ask import Asker, file_fault, open_picture, user_turn
+from phi3v.errors import ConfigError, MachineError, SampleError
+from phi3v.evaluation.ask import Asker, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
 from phi3v.files import replacing
 from phi3v.processing.keys import (
@@ -32,6 +33,7 @@ from phi3v.processing.keys import (
 )
 from phi3v.processing.prompt import Message
 from phi3v.progress import progress
+from phi3v.reading import PLAIN, Reach, is_of_machine, kind_at, machine_error
 
 ASKING = ("prompt", "messages")  # keys of a row, one of which it has
 BATCHES = 8  # read at once, so that rows of a length can share a batch
@@ -45,7 +47,8 @@ def check_files(source: Path, out: Path) -> None:
 
     Raises: ConfigError
     """
-    if fault := file_fault(source):
+    if (kind := kind_at(source)) != PLAIN:
+        fault = f"is {kind}" if kind else "does not exist"
         raise ConfigError(f"--jsonl {source} {fault}; name a file of JSON lines")
     if source.resolve() == out.resolve():
         raise ConfigError(f"--out {out} is the file that is read; name another")
@@ -57,20 +60,30 @@ def check_files(source: Path, out: Path) -> None:
         )
 
 
-def answer_file(asker: Asker, source: Path, out: Path, read_messages: ReadMessages) -> int:
+def answer_file(
+    asker: Asker,
+    source: Path,
+    out: Path,
+    read_messages: ReadMessages,
+    image_root: Sequence[Path] = (),
+) -> int:
     """Answer every row of a file; a row that cannot be has its reason in the place of an answer.
+
+    image_root  folders in which the rows' pictures lie, relative paths start at the first; none:
+                the file's folder
 
     Returns the number of rows.
     Raises: ConfigError if the file cannot be read; SampleError at the end, when all is written, if
     there are rows without an answer.
     """
     num_failed = 0
+    shown = _Shown.of(image_root or [source.parent])
     total = sum(1 for _ in _lines(source))
     bar = progress(None, "answer", "row", total)
     with bar, replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
         lines = _lines(source)
         while rows := list(islice(lines, BATCHES * asker.generator.batch_rows)):
-            for result in _answer(asker, rows, source.parent, read_messages):
+            for result in _answer(asker, rows, shown, read_messages):
                 num_failed += "error" in result
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
             bar.update(len(rows))
@@ -88,12 +101,26 @@ def _lines(source: Path) -> Iterator[tuple[int, str]]:
         with source.open(encoding="utf-8", errors="replace") as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except OSError as error:
+        if is_of_machine(error):
+            raise machine_error(error, f"--jsonl {source}") from error
         reason = error.strerror
         raise ConfigError(f"--jsonl {source} cannot be read ({reason}); name another") from error
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """Where the rows' pictures are."""
+
+    root: Path
+    reach: Reach
+
+    @classmethod
+    def of(cls, folders: Sequence[Path]) -> "_Shown":
+        return cls(folders[0], Reach.of(*folders, key="--image_root"))
+
+
 def _answer(
-    asker: Asker, rows: Sequence[tuple[int, str]], root: Path, read_messages: ReadMessages
+    asker: Asker, rows: Sequence[tuple[int, str]], shown: _Shown, read_messages: ReadMessages
 ) -> Iterable[dict[str, Any]]:
     """What becomes of each row, in their order."""
     results: list[dict[str, Any]] = []
@@ -105,8 +132,8 @@ def _answer(
             values = _parse(line, number)
             if not is_empty(values.get("id")):
                 result["id"] = values["id"]
-            prompts[place] = _prompt(asker, values, root, read_messages)
-        except SampleError as error:
+            prompts[place] = _prompt(asker, values, shown, read_messages)
+        except (SampleError, MachineError) as error:  # the answers to other rows took hours
             result["error"] = str(error)
     answers = asker.generator.answer(list(prompts.values()), quiet=True)
     for place, answer in zip(prompts, answers, strict=True):
@@ -129,7 +156,7 @@ def _parse(line: str, number: int) -> dict[str, Any]:
 
 
 def _prompt(
-    asker: Asker, values: Mapping[str, Any], root: Path, read_messages: ReadMessages
+    asker: Asker, values: Mapping[str, Any], shown: _Shown, read_messages: ReadMessages
 ) -> Prompt:
     given = [key for key in ASKING if values.get(key) is not None]
     if len(given) > 1:
@@ -140,7 +167,8 @@ def _prompt(
     if strange := [image for image in images if not isinstance(image, str)]:
         raise SampleError(f"an image is a {type(strange[0]).__name__}, not a path")
     rules = asker.processor.rules
-    return asker.prompt(messages, [open_picture(image, rules, root) for image in images])
+    pictures = [open_picture(image, rules, shown.root, shown.reach) for image in images]
+    return asker.prompt(messages, pictures)
 
 
 def _asked(values: Mapping[str, Any]) -> tuple[list[Message], list[Any]]:

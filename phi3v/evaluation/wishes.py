@@ -15,6 +15,7 @@ from phi3v.evaluation.chat import Chat
 from phi3v.evaluation.generation import Generator, Sampling
 from phi3v.evaluation.requests import ReadMessages, answer_file, check_files
 from phi3v.processing import Phi3VProcessor
+from phi3v.reading import FOLDER, kind_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class Wishes:
     jsonl: Path | None = None
     out: Path | None = None
     images: tuple[Path, ...] | list[Path] = ()
+    image_root: tuple[Path, ...] | list[Path] = ()
     system: str | None = None
     stream: bool | None = None
     max_new_tokens: int = 256
@@ -68,6 +70,8 @@ class Wishes:
         if way == "--jsonl" and (self.images or self.stream):
             other = "--image" if self.images else "--stream"
             raise ConfigError(f"--jsonl does not go with {other}; each row names its images")
+        if self.image_root and way != "--jsonl":
+            raise ConfigError(f"--image_root goes with --jsonl alone, got {way}; remove it")
         if way == "--chat" and self.stream is False:
             raise ConfigError("--chat does not go with --no-stream; it shows answers as they come")
         drawn = [name for name in ("top_p", "seed") if getattr(self, name) is not None]
@@ -81,6 +85,9 @@ class Wishes:
         """
         for path in self.images:
             open_shown(path)
+        for folder in self.image_root:
+            if kind_at(folder) != FOLDER:
+                raise ConfigError(f"--image_root {folder} is no folder; name one")
         if self.jsonl and self.out:
             check_files(self.jsonl, self.out)
 
@@ -115,7 +122,7 @@ def fulfil(
             chat.add_picture(path)
         chat.run(_typed())
     elif wishes.jsonl and wishes.out:
-        total = answer_file(asker, wishes.jsonl, wishes.out, read_messages)
+        total = answer_file(asker, wishes.jsonl, wishes.out, read_messages, wishes.image_root)
         _note(f"rows answered: {total:,}, in {wishes.out}")
     elif wishes.prompt is not None:
         streams = sys.stdout.isatty() if wishes.stream is None else wishes.stream

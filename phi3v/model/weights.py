@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
+from phi3v.content import disguise
 from phi3v.errors import CheckpointError
-from phi3v.files import disguise
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Some fine-tunes hold the token embeddings a second time, under the name of the image embedding.

@@ -8,9 +8,10 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ import pyarrow as pa
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from phi3v.config.dataset import SourceSection
+from phi3v.content import disguise
 from phi3v.errors import ConfigError
-from phi3v.files import disguise, replacing, write_json
+from phi3v.files import replacing, write_json
 from phi3v.places import local_path
 from phi3v.prepare.folders import FolderRows, open_texts, reopened, texts_among
+from phi3v.prepare.reach import check_files, check_folder
 from phi3v.prepare.tables import FEW, TableRows, open_streams
+from phi3v.reading import is_of_machine, machine_error
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILE_SUFFIX = re.compile(r"\.(?:[ct]sv|jsonl?|ndjson|parquet|arrow|feather|xlsx?|txt|zip|t?gz|tar)")
@@ -57,36 +61,43 @@ def hub_digest(section: SourceSection) -> str:
 
     Raises: ConfigError if it cannot be reached.
     """
-    path = section.paths[0]
-    with _told(path):
-        builder = datasets.load_dataset_builder(
-            _named(path), section.config, revision=section.revision
-        )
-    return _sha256([path, builder.config.name, section.split, builder.hash])
+    builder = _builder(section)
+    return _sha256([section.paths[0], builder.config.name, section.split, builder.hash])
 
 
 def open_dataset(
-    section: SourceSection, work: Path, state: dict[str, Any] | None = None
+    section: SourceSection,
+    work: Path,
+    state: dict[str, Any] | None = None,
+    also: Collection[str | None] | None = None,
 ) -> TableRows | FolderRows:
     """Open a folder or a hub dataset; `work` is where rows that are streamed are spooled.
+
+    also  as of `open_source`
 
     Raises: ConfigError if it cannot be read or reached, or has no such split.
     """
     path = section.paths[0]
+    needed = (None, ()) if also is None else (section, also)
     if state is not None and "texts" in state:
         return reopened(state)
     if state is not None:
-        return open_streams(path, [Path(file) for file in state["files"]], state)
+        return open_streams(path, [Path(file) for file in state["files"]], state, *needed)
+    if (folder := local_path(path)).is_dir():
+        with _told(path):
+            check_folder(section, folder)
     if texts := _texts(section):
         return open_texts(texts, section.max_rows, section.delimiter)
     dataset = _load(section)
     if isinstance(dataset, datasets.Dataset):
-        rows = open_streams(path, [Path(entry["filename"]) for entry in dataset.cache_files])
+        files = [Path(entry["filename"]) for entry in dataset.cache_files]
+        rows = open_streams(path, files, None, *needed)
         if rows.num_rows == dataset.num_rows:
             return rows
         dataset = dataset.to_iterable_dataset()
     identity = [path, section.config, section.split, section.revision, section.max_rows]
-    return open_streams(path, spool(dataset, work / _sha256(identity)[:16], section))
+    files = spool(dataset, work / _sha256(identity)[:16], section)
+    return open_streams(path, files, None, *needed)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -101,9 +112,7 @@ def _texts(section: SourceSection) -> list[Path] | None:
     if not folder.is_dir() or _is_saved(folder):
         return None
     builder = _builder(section)
-    files = {
-        str(name): list(map(str, of)) for name, of in (builder.config.data_files or {}).items()
-    }
+    files = _files(builder)
     base = section.split.partition("[")[0]
     texts = texts_among(builder.name, files.get(base, []), folder.absolute())
     if texts and base != section.split:
@@ -115,9 +124,24 @@ def _texts(section: SourceSection) -> list[Path] | None:
 
 
 def _builder(section: SourceSection) -> datasets.DatasetBuilder:
+    """What `datasets` makes of a folder or hub dataset, all of whose files are its own.
+
+    Raises: ConfigError if they are not, or it cannot be read or reached.
+    """
     path = section.paths[0]
     with _told(path):
-        return datasets.load_dataset_builder(_named(path), section.config)
+        builder = datasets.load_dataset_builder(
+            _named(path), section.config, revision=section.revision
+        )
+    base = None if local_path(path).exists() else builder.base_path
+    check_files(section, chain.from_iterable(_files(builder).values()), base)
+    return builder
+
+
+def _files(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    """The files of each split."""
+    found = builder.config.data_files or {}
+    return {str(name): list(map(str, of)) for name, of in found.items()}
 
 
 @dataclass(frozen=True)
@@ -137,8 +161,8 @@ def list_folder(section: SourceSection) -> Listing:
         names = folder / SAVED[0]
         saved = json.loads(names.read_text(encoding="utf-8"))["splits"] if names.is_file() else ()
         return Listing(tuple(saved))
-    splits = _builder(section).config.data_files or {}
-    known = {str(file) for of in splits.values() for file in of}
+    splits = _files(_builder(section))
+    known = set(chain.from_iterable(splits.values()))
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     others = [
         str(file.relative_to(folder))
@@ -147,7 +171,7 @@ def list_folder(section: SourceSection) -> Listing:
         and _is_plain(file.relative_to(folder))
         and str(file) not in known
     ]
-    return Listing(tuple(map(str, splits)), tuple(others) if known else ())
+    return Listing(tuple(splits), tuple(others) if known else ())
 
 
 def _is_plain(path: Path) -> bool:
@@ -157,6 +181,8 @@ def _is_plain(path: Path) -> bool:
 
 def _load(section: SourceSection) -> datasets.Dataset | datasets.IterableDataset:
     path = section.paths[0]
+    if not local_path(path).exists():
+        _builder(section)  # of a folder it was looked at before
     with _told(path):
         if not _is_saved(local_path(path)):
             return datasets.load_dataset(
@@ -187,7 +213,11 @@ def _told(path: str) -> Iterator[None]:
     """Tell a failure of `datasets` in one sentence."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # OSError, ValueError, and those of datasets, httpx and readers
+        if is_of_machine(error):
+            raise machine_error(error, f"source.path {path}") from error
         if found := _disguised(local_path(path)):
             raise ConfigError(f"source.path {path}: {found}") from error
         reason = " ".join(str(error).split())[:LONG] or type(error).__name__

@@ -9,15 +9,16 @@ import numpy as np
 from phi3v.config import DatasetConfig
 from phi3v.config.dataset import SourceSection, SplitSection
 from phi3v.errors import SampleError
-from phi3v.places import local_path
 from phi3v.prepare.conversations import Conversation, read_conversation
 from phi3v.prepare.fetch import ImageCache
 from phi3v.prepare.images import ImageLoader
 from phi3v.prepare.plan import Chunk, Plan, WorkFolder
+from phi3v.prepare.reach import image_root, reach
 from phi3v.prepare.rows import Row
-from phi3v.prepare.samples import SampleBuilder
+from phi3v.prepare.samples import SampleBuilder, canvas_bytes
 from phi3v.prepare.sources import Source, open_source
 from phi3v.processing import Phi3VProcessor
+from phi3v.processing.decoding import Picture
 from phi3v.processing.keys import ROW_KEYS
 
 BATCH_BYTES = 64 << 20  # of images that stand in the rows themselves, held at once
@@ -28,13 +29,34 @@ Item = tuple[Row, Conversation | SampleError]
 
 @dataclass(frozen=True)
 class Input:
-    """One source, opened; `is_held_out`: all of its rows are."""
+    """One source, opened; `is_held_out`: all of its rows are; `max_row_bytes` as in the recipe."""
 
     section: SourceSection
     source: Source
     loader: ImageLoader
     builder: SampleBuilder
-    is_held_out: bool = False
+    is_held_out: bool
+    max_row_bytes: int
+
+    def pictures(self, conversation: Conversation) -> list[Picture]:
+        """Open the images of a conversation, none of them decoded.
+
+        Raises: SampleError if one cannot be used, or they take more than `max_row_bytes`.
+        """
+        pictures: list[Picture] = []
+        taken = 0
+        for number, image in enumerate(conversation.images, 1):
+            picture = self.loader.picture(image)
+            canvas = canvas_bytes(self.builder.processor, picture.width, picture.height)
+            taken += len(picture.data) + canvas
+            if taken > self.max_row_bytes:
+                raise SampleError(
+                    f"images take too many bytes: {taken:,} for {number} of "
+                    f"{len(conversation.images)} images, files and canvases; max_row_bytes is "
+                    f"{self.max_row_bytes:,}"
+                )
+            pictures.append(picture)
+        return pictures
 
 
 @dataclass(frozen=True)
@@ -57,7 +79,7 @@ class Inputs:
         for row in part.source.read(chunk.start, chunk.stop):
             if not wanted[row.number - chunk.start]:
                 continue
-            batch.append((row, _conversation(row, part.section)))
+            batch.append((row, _conversation(row, part.section, self.cfg)))
             held += _held_bytes(batch[-1][1])
             if held > BATCH_BYTES:
                 yield from _fetched(part.loader, batch)
@@ -70,12 +92,14 @@ def open_inputs(cfg: DatasetConfig, plan: Plan, work: WorkFolder) -> Inputs:
     cache = ImageCache(fetch_folder(cfg), cfg.fetch)
     parts = []
     for number, (section, state) in enumerate(zip(cfg.sources, plan.states, strict=True)):
-        source = open_source(section, work.spool(number), state)
+        also = cfg.split.by, cfg.split.stratify
+        source = open_source(section, work.spool(number), state, also)
         section = _with_named(section, cfg.split)
-        loader = ImageLoader(image_root(section), cfg.max_pixels, cache, cfg.images)
+        limits = (cfg.max_pixels, cache, cfg.images, reach(section), cfg.max_row_bytes)
+        loader = ImageLoader(image_root(section), *limits)
         builder = SampleBuilder(open_processor(cfg, section), cfg.max_tokens)
         is_held_out = number >= cfg.first_held_out
-        parts.append(Input(section, source, loader, builder, is_held_out))
+        parts.append(Input(section, source, loader, builder, is_held_out, cfg.max_row_bytes))
     return Inputs(cfg, plan, work, tuple(parts))
 
 
@@ -97,21 +121,23 @@ def fetch_folder(cfg: DatasetConfig) -> Path:
     return Path(cfg.fetch.cache) if cfg.fetch.cache else Path(cfg.out).absolute().parent / "fetched"
 
 
-def image_root(section: SourceSection) -> Path:
-    """Where relative image paths of a source start."""
-    if section.image_root:
-        return local_path(section.image_root)
-    path = local_path(section.paths[0])
-    return path.parent if path.exists() else Path()
-
-
-def _conversation(row: Row, section: SourceSection) -> Conversation | SampleError:
+def _conversation(
+    row: Row, section: SourceSection, cfg: DatasetConfig
+) -> Conversation | SampleError:
     if row.is_left_out:
         return SampleError("left out")  # so that none of its pictures is fetched
     try:
-        return read_conversation(row, section)
+        conversation = read_conversation(row, section)
     except SampleError as error:
         return error
+    if (images := len(conversation.images)) > cfg.max_images:
+        return SampleError(f"too many images: {images:,}, max_images is {cfg.max_images:,}")
+    characters = sum(len(message["content"]) for message in conversation.messages)
+    if characters > cfg.max_characters:
+        return SampleError(
+            f"too much text: {characters:,} characters, max_characters is {cfg.max_characters:,}"
+        )
+    return conversation
 
 
 def _held_bytes(item: Conversation | SampleError) -> int:

@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from phi3v.config import DatasetConfig, differing_keys, to_dict
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import sha256, write_json
 from phi3v.pictures import PUBLISHED
@@ -19,11 +21,15 @@ from phi3v.prepare.lock import locked
 from phi3v.prepare.plan import Plan, WorkFolder
 from phi3v.prepare.sources import Source, open_source, source_digest
 from phi3v.processing.processor import model_file
+from phi3v.reading import retried
 
 MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
-LATER = ("id", "ignore", "convert", "delimiter")
+LATER = ("id", "ignore", "convert", "delimiter", "image_folders")
 HOW = ("out", "workers", "fetch")
 """Keys that say how the work is done, not what comes of it."""
+LIMITS = ("max_images", "max_row_bytes", "max_characters")
+"""Keys of the recipe that came when datasets had been made without them; each is left out where it
+is as by default, so that those keep their fingerprint."""
 TOLD = ("license",)
 """Keys of a source that say something about the rows and change nothing in them."""
 
@@ -36,11 +42,16 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
 
     Raises: ConfigError if a source or a file of the model is missing.
     """
-    recipe = {key: value for key, value in to_dict(cfg).items() if key not in HOW}
+    default = {field.name: field.default for field in fields(cfg) if field.name in LIMITS}
+    told = to_dict(cfg).items()
+    recipe = {k: v for k, v in told if k not in HOW and not (k in LIMITS and v == default[k])}
     recipe["source"] = _without_told(recipe["source"])
     processor = open_processor(cfg, cfg.sources[0])
     files = _Digests(known)
-    digests = [source_digest(section, files.digest) for section in cfg.sources]
+    digests = [
+        retried(partial(source_digest, section, files.digest), f"source.path {section.path}")
+        for section in cfg.sources
+    ]
     files.save()
     _refuse_same_rows(cfg, digests)
     recipe["inputs"] = {
@@ -179,8 +190,13 @@ def _differing(before: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
 
 
 def _open(cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
-    section = cfg.sources[number]
-    source = open_source(section, work.spool(number))
+    path = f"source.path {cfg.sources[number].path}"
+    return retried(partial(_opened, cfg.sources[number], cfg, number, work), path)
+
+
+def _opened(section: SourceSection, cfg: DatasetConfig, number: int, work: WorkFolder) -> Source:
+    also = cfg.split.by, cfg.split.stratify
+    source = open_source(section, work.spool(number), also=also)
     if not source.num_rows:
         raise ConfigError(f"source.path {source.path} holds no rows; check the file")
     columns = source.columns

@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 from phi3v.errors import SampleError
 from phi3v.prepare.conversations import Conversation
-from phi3v.prepare.images import Picture
 from phi3v.processing import Phi3VProcessor
+from phi3v.processing.decoding import Picture
 from phi3v.processing.prompt import encode_messages, label
 from phi3v.sample import IGNORED, Canvas, Sample
+
+PIXEL_BYTES = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SampleBuilder:
     def __init__(self, processor: Phi3VProcessor, max_tokens: int | None) -> None:
         self.processor, self.max_tokens = processor, max_tokens
         self.assistant_id, self.end_id = control_ids(processor.tokenizer)
+        self._layout = processor.num_crops, processor.crop_size, processor.never_upscale
 
     def tokens(self, conversation: Conversation, sizes: Sequence[tuple[int, int]]) -> Tokens:
         """Tokenise a conversation from its pictures' (width, height) alone.
@@ -73,9 +76,9 @@ class SampleBuilder:
         traits: Counter[str] = Counter()
         canvases = []
         for picture in pictures:
-            pixels = picture.decode()
-            canvases.append(self.processor.canvas(pixels.image))
-            traits.update(pixels.traits)
+            canvas, found = picture.canvas(*self._layout)
+            canvases.append(canvas)
+            traits.update(found)
         assert tuple(self.processor.canvas_tokens(c) for c in canvases) == tokens.of_images
         opened = np.flatnonzero(tokens.input_ids == self.assistant_id)
         last, answers = conversation.last_trained, _answers(conversation)
@@ -105,3 +108,8 @@ def control_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
     """The ids of <|assistant|> and <|end|>."""
     assistant, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
     return assistant, end
+
+
+def canvas_bytes(processor: Phi3VProcessor, width: int, height: int) -> int:
+    """Bytes of the canvas of a picture of width x height pixels."""
+    return PIXEL_BYTES * processor.layout(width, height).grid.crops * processor.crop_size**2

@@ -17,17 +17,18 @@ from phi3v.errors import SampleError
 from phi3v.geometry import hd_layout, image_tokens
 from phi3v.prepare.conversations import Conversation, row_name
 from phi3v.prepare.duplicates import THUMBNAIL, WORDS, perceptual_hash
-from phi3v.prepare.images import Picture
 from phi3v.prepare.inputs import Input, Inputs
 from phi3v.prepare.plan import Chunk, write_table
 from phi3v.prepare.rows import ClassName, Row
+from phi3v.prepare.samples import canvas_bytes
 from phi3v.prepare.split import hash64, split_key
 from phi3v.prepare.workers import Done
 from phi3v.processing import Phi3VProcessor
+from phi3v.processing.decoding import Picture
 from phi3v.processing.keys import is_empty
 
 LONGEST = 500  # characters of a reason
-PIXEL_BYTES, TOKEN_BYTES, SAMPLE_BYTES = 3, 8, 1000  # in a shard, about
+TOKEN_BYTES, SAMPLE_BYTES = 8, 1000  # in a shard, about
 
 SCAN_SCHEMA = pa.schema(
     [
@@ -83,7 +84,7 @@ def _scan(
     if not part.is_held_out:
         key = _column(row.values, cfg.split.by, "by which rows are split")
         stratum = _column(row.values, cfg.split.stratify, "by which the split is stratified")
-    pictures = [part.loader.picture(image) for image in conversation.images]
+    pictures = part.pictures(conversation)
     sizes = [(picture.width, picture.height) for picture in pictures]
     tokens = part.builder.tokens(conversation, sizes)
     processor = part.builder.processor
@@ -122,11 +123,6 @@ def _column(values: Mapping[str, Any], name: str | None, purpose: str) -> str | 
     if is_empty(value):
         raise SampleError(f"column '{name}', {purpose}, is empty")
     return str(value.id if isinstance(value, ClassName) else value)  # sides stay what they were
-
-
-def canvas_bytes(processor: Phi3VProcessor, width: int, height: int) -> int:
-    """Bytes of the canvas of a picture of width x height pixels."""
-    return PIXEL_BYTES * processor.layout(width, height).grid.crops * processor.crop_size**2
 
 
 def _saved(

@@ -10,7 +10,7 @@ rejected and counted; a file that cannot be cut into rows is refused.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.config.dataset import SourceSection
+from phi3v.content import disguise
 from phi3v.errors import ConfigError
-from phi3v.files import disguise, sha256
+from phi3v.files import sha256
 from phi3v.places import local_path, nearby
 from phi3v.prepare.convert import converted
 from phi3v.prepare.folders import FolderRows
@@ -27,6 +28,7 @@ from phi3v.prepare.hub import Listing, hub_digest, is_hub_name, list_folder, ope
 from phi3v.prepare.rows import Row, Rows
 from phi3v.prepare.tables import open_table
 from phi3v.prepare.text import KINDS, MARK, TextRows, open_text, usual_delimiter
+from phi3v.reading import FOLDER, HIDDEN, PLAIN, kind_at
 
 SUFFIXES = (*KINDS, ".parquet", ".arrow")
 
@@ -117,18 +119,26 @@ class Source:
         return self.rows.state()
 
 
-def open_source(section: SourceSection, work: Path, state: dict[str, Any] | None = None) -> Source:
+def open_source(
+    section: SourceSection,
+    work: Path,
+    state: dict[str, Any] | None = None,
+    also: Collection[str | None] | None = None,
+) -> Source:
     """Open a section that has one path; `work` is a folder for rows that can only be streamed.
+
+    also  columns that are needed beside those that the section names; None: all are, of a table too
 
     Raises: ConfigError if there is no such source, it is of no known kind, or it is damaged.
     """
     path = check_source(section.paths[0])
     if path is None or path.is_dir():
-        return Source(section, open_dataset(section, work, state))
+        return Source(section, open_dataset(section, work, state, also))
     _refuse_unread(section, path)
     if path.suffix.lower() in KINDS:
         return Source(section, open_text(path, section.max_rows, state, section.delimiter))
-    return Source(section, open_table(path, state))
+    needed = (None, ()) if also is None else (section, also)
+    return Source(section, open_table(path, state, *needed))
 
 
 def _refuse_unread(section: SourceSection, path: Path) -> None:
@@ -155,22 +165,27 @@ def _refuse_unread(section: SourceSection, path: Path) -> None:
 def check_source(path: str | Path) -> Path | None:
     """Refuse a source that cannot be one, before any work; None stands for a hub dataset.
 
-    Raises: ConfigError if there is no such file, it is of no known kind, or it is not what its name
-    says: a pointer of git-lfs, a web page.
+    Raises: ConfigError if there is no such file, it is a pipe or a device, of no known kind, or not
+    what its name says: a pointer of git-lfs, a web page.
     """
     file = local_path(str(path))
-    if not file.exists():
+    kind = kind_at(file)
+    if kind is None:
         if is_hub_name(str(path)):
             return None
         raise ConfigError(
             f"source.path {path} does not exist{_near(file)}; check the path in the recipe"
         )
-    if not file.is_dir() and file.suffix.lower() not in SUFFIXES:
+    if kind == HIDDEN:
+        raise ConfigError(f"source.path {path} may not be looked at; give the right to read it")
+    if kind not in (PLAIN, FOLDER):
+        raise ConfigError(f"source.path {path} is {kind}; write its rows into a file, and name it")
+    if kind == PLAIN and file.suffix.lower() not in SUFFIXES:
         raise ConfigError(
             f"source.path {path} ends in '{file.suffix}'; use one of {', '.join(SUFFIXES)}, a "
             "folder, or the name of a hub dataset"
         )
-    if file.is_file() and (cause := disguise(file)):
+    if kind == PLAIN and (cause := disguise(file)):
         raise ConfigError(f"source.path {path} is {cause}")
     return file
 

@@ -5,11 +5,13 @@ batches from the first on. A batch that was read is kept until another is needed
 range after range decodes each batch once, though a part may hold many ranges.
 
 Values come as what their column says they are (typed.py): a class by its name, 19.99 of a float32
-as 19.99.
+as 19.99. Only columns that the recipe needs are decoded (projection.py), and of them so many rows
+at once as make about BATCH_BYTES: a file of 3 kB can hold gigabytes, for a value that is there
+once stands in as many cells as it likes.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,11 +21,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
+from phi3v.prepare.projection import Needs, Use, is_list, is_text, needs_of, projected, used
 from phi3v.prepare.rows import Row
 from phi3v.prepare.typed import Typed
+from phi3v.reading import is_of_machine
 
-FEW = 64  # rows of a table in memory at once; they may hold images
+FEW = 64  # rows of a table in memory at once, at most
+BATCH_BYTES = 1 << 26
+ROW_BYTES = 1 << 27  # of one row's values at most
+
+TEXTS = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")  # of Parquet, of any length
+LIST_BYTES = 8  # of an item, at least, when it is plain
 
 PARQUET, ARROW = "parquet", "arrow"
 
@@ -73,29 +83,29 @@ class TableRows:
         """
         while start < stop:
             with refusing(self.name, self.kind):
-                first, batch = self._batch_of(start)
+                held, self._open = self._open, None  # after an error all is opened anew
+                first, batch = self._batch_of(start, held)
                 typed = self._typed(batch.schema)
-            few = batch.slice(start - first, min(FEW, stop - start))
+            few = _few(batch.slice(start - first, min(FEW, stop - start)))
             yield from _plain_rows(start, few, typed)
             start += few.num_rows
 
     def _typed(self, schema: pa.Schema) -> Typed:
-        if self._types is None or self._types.schema is not schema:
+        if self._types is None or not self._types.schema.equals(schema, check_metadata=True):
             self._types = Typed(schema)
         return self._types
 
-    def _batch_of(self, row: int) -> tuple[int, pa.RecordBatch]:
+    def _batch_of(self, row: int, held: _Open | None) -> tuple[int, pa.RecordBatch]:
         """The batch that holds a row, and the number of that batch's first row."""
         part = bisect_right(self.starts, row) - 1
-        held = self._open
         if held is None or held.part != part or held.first > row:
             batches = self.open_part(part)
-            held = self._open = _Open(part, self.starts[part], next(batches, None), batches)
+            held = _Open(part, self.starts[part], next(batches, None), batches)
         while held.batch is not None and held.first + held.batch.num_rows <= row:
             held.first += held.batch.num_rows
             held.batch = next(held.others, None)
+        self._open = held
         if held.batch is None:
-            self._open = None
             raise pa.ArrowInvalid(f"it ends before row {row}, it had {self.num_rows:,} rows")
         return held.first, held.batch
 
@@ -106,13 +116,50 @@ def refusing(name: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
+        if is_of_machine(error):
+            raise
         raise ConfigError(
             f"source.path {name} cannot be read as {kind}: {error}; half a download, "
             "perhaps: bring or write it again"
         ) from error
 
 
+def _few(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The first rows of a batch, as many as surely have BATCH_BYTES, and one at least."""
+    count = batch.num_rows
+    while count > 1 and _most_bytes(batch, count) > BATCH_BYTES:
+        count //= 2
+    return batch.slice(0, count)
+
+
+def _most_bytes(batch: pa.RecordBatch, count: int) -> int:
+    """Bytes that the first rows of a batch may have as plain values; of one row what it has."""
+    return sum(_array_bytes(column.slice(0, count)) for column in batch.columns)
+
+
+def _array_bytes(array: pa.Array) -> int:
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _array_bytes(array.storage)
+    if pa.types.is_dictionary(kind):
+        is_one = len(array) == 1
+        return array.dictionary_decode().nbytes if is_one else len(array) * array.dictionary.nbytes
+    if pa.types.is_run_end_encoded(kind):
+        return len(array) * array.values.nbytes
+    if pa.types.is_struct(kind):
+        return sum(map(_array_bytes, array.flatten()))
+    if is_list(kind):
+        return LIST_BYTES * len(array) + _array_bytes(array.flatten())
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        return (
+            array.cast(pa.large_binary()).nbytes if len(array) == 1 else len(array) * array.nbytes
+        )
+    return array.nbytes
+
+
 def _plain_rows(start: int, batch: pa.RecordBatch, typed: Typed) -> list[Row]:
+    if batch.num_rows == 1 and (size := _most_bytes(batch, 1)) > ROW_BYTES:
+        return [Row(start, fault=f"is too large: {size:,} bytes of values, {ROW_BYTES:,} at most")]
     try:
         return [Row(start + k, values) for k, values in enumerate(typed.to_pylist(batch))]
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time out of range
@@ -122,56 +169,114 @@ def _plain_rows(start: int, batch: pa.RecordBatch, typed: Typed) -> list[Row]:
         return [row for part in parts for row in part]
 
 
-def open_table(path: Path, state: dict[str, Any] | None = None) -> TableRows:
+def open_table(
+    path: Path,
+    state: dict[str, Any] | None = None,
+    section: SourceSection | None = None,
+    also: Collection[str | None] = (),
+) -> TableRows:
     """Open a Parquet file, or an Arrow file in either IPC format.
+
+    section, also  what is needed of its columns (projection.py); no section: all
 
     Raises: ConfigError if it is damaged.
     """
     if path.suffix.lower() == ".parquet":
-        return _open_parquet(path)
+        return _open_parquet(path, section, also)
     with refusing(str(path), ARROW):
         with pa.memory_map(str(path)) as file:
             is_stream = file.read(6) != b"ARROW1"
-        return open_streams(str(path), [path], state) if is_stream else _open_file(path, state)
+        if is_stream:
+            return open_streams(str(path), [path], state, section, also)
+        return _open_file(path, state, section, also)
 
 
-def _open_parquet(path: Path) -> TableRows:
-    """Row groups are decoded from a memory map, few rows of one at once."""
+def _open_parquet(
+    path: Path, section: SourceSection | None, also: Collection[str | None]
+) -> TableRows:
+    """Row groups are decoded from a memory map, few rows of one at once.
+
+    Texts that are only looked at stay as the file has them, each once.
+    """
     with refusing(str(path), PARQUET):
-        file = pq.ParquetFile(path, memory_map=True)
-        groups = range(file.metadata.num_row_groups)
-        sizes = [file.metadata.row_group(group).num_rows for group in groups]
+        schema = pq.read_schema(path, memory_map=True)
+        needs = needs_of(section, schema.names, also) if section else None
+        texts = [f.name for f in used(schema, needs, Use.LOOKED_AT) if is_text(f.type)]
+        file = pq.ParquetFile(path, memory_map=True, read_dictionary=texts)
+        groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+        columns = [f.name for f in used(schema, needs, Use.READ, Use.LOOKED_AT)]
+        read = frozenset(columns) - frozenset(texts)
 
-    def open_part(group: int) -> Iterator[pa.RecordBatch]:
-        return file.iter_batches(FEW, row_groups=[group])
+    def open_part(number: int) -> Iterator[pa.RecordBatch]:
+        count = _rows_at_once(groups[number], read)
+        batches = file.iter_batches(count, row_groups=[number], columns=columns)
+        return (projected(batch, schema, needs) for batch in batches)
 
-    return TableRows(str(path), PARQUET, [path], sizes, open_part)
+    return TableRows(str(path), PARQUET, [path], [group.num_rows for group in groups], open_part)
 
 
-def _open_file(path: Path, state: dict[str, Any] | None) -> TableRows:
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+def _rows_at_once(group: pq.RowGroupMetaData, columns: Collection[str]) -> int:
+    """So few rows of a row group that its columns give BATCH_BYTES at most, if in every row stood
+    all that they hold.
+    """
+    every = (group.column(k) for k in range(group.num_columns))
+    found = [c for c in every if c.path_in_schema.partition(".")[0] in columns]
+    texts = [c.total_uncompressed_size for c in found if c.physical_type in TEXTS]
+    items = [LIST_BYTES * (c.num_values - group.num_rows) for c in found]
+    return max(1, min(FEW, BATCH_BYTES // max(1, sum(texts) + sum(items))))
+
+
+def _open_file(
+    path: Path,
+    state: dict[str, Any] | None,
+    section: SourceSection | None,
+    also: Collection[str | None],
+) -> TableRows:
+    schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
+    needs = needs_of(section, schema.names, also) if section else None
+    reader = pa.ipc.open_file(pa.memory_map(str(path)), options=_options(schema, needs))
+
+    def open_part(number: int) -> Iterator[pa.RecordBatch]:
+        yield projected(_sound(reader.get_batch(number)), schema, needs)
+
     count = reader.num_record_batches
     sizes = (
         state["sizes"] if state else [_sound(reader.get_batch(k)).num_rows for k in range(count)]
     )
-    return TableRows(str(path), ARROW, [path], sizes, lambda k: iter([_sound(reader.get_batch(k))]))
+    return TableRows(str(path), ARROW, [path], sizes, open_part)
 
 
 def open_streams(
-    name: str, files: Sequence[Path], state: dict[str, Any] | None = None
+    name: str,
+    files: Sequence[Path],
+    state: dict[str, Any] | None = None,
+    section: SourceSection | None = None,
+    also: Collection[str | None] = (),
 ) -> TableRows:
     """Open files in the Arrow stream format as one table, of the source of this name.
 
     Raises: ConfigError if one is damaged.
     """
+
+    def stream(path: Path) -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(path)) as file:
+            schema = pa.ipc.open_stream(file).schema
+        needs = needs_of(section, schema.names, also) if section else None
+        with pa.memory_map(str(path)) as file:
+            batches = pa.ipc.open_stream(file, options=_options(schema, needs))
+            yield from (projected(_sound(batch), schema, needs) for batch in batches)
+
     with refusing(name, ARROW):
-        sizes = state["sizes"] if state else [sum(b.num_rows for b in _stream(f)) for f in files]
-        return TableRows(name, ARROW, files, sizes, lambda k: _stream(files[k]))
+        sizes = state["sizes"] if state else [sum(b.num_rows for b in stream(f)) for f in files]
+        return TableRows(name, ARROW, files, sizes, lambda k: stream(files[k]))
 
 
-def _stream(path: Path) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(str(path)) as file:
-        yield from map(_sound, pa.ipc.open_stream(file))
+def _options(schema: pa.Schema, needs: Needs | None) -> pa.ipc.IpcReadOptions:
+    """Have what is passed not even decompressed."""
+    if needs is None:
+        return pa.ipc.IpcReadOptions()
+    wanted = [k for k, field in enumerate(schema) if needs.use_of(field) is not Use.PASSED]
+    return pa.ipc.IpcReadOptions(included_fields=wanted or [0])
 
 
 def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -8,6 +8,7 @@ short, 429, 5xx.
 """
 
 import base64
+import errno
 import random
 import re
 import time
@@ -20,27 +21,20 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import httpcore
 
 from phi3v.config.dataset import FetchSection
+from phi3v.content import has_image_signature
 from phi3v.errors import SampleError
 from phi3v.prepare.network import Network, Refused, is_public
+from phi3v.reading import machine_error
 
 MAX_REDIRECTS = 5
 KEEP_SECONDS = 10.0  # for which an idle connection stays open
 FIRST_PAUSE, MAX_PAUSE = 0.5, 60.0  # seconds between tries
 REDIRECTS = {301, 302, 303, 307, 308}
 OVERLOADED = {408, 425, 429}  # like 5xx, worth another try
+OWN_WANT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}  # of this machine, not a host
 HEADERS = (("User-Agent", "phi3v dataset preparation"), ("Accept", "image/*"))
 QUOTED = "/%:@!$&'()*+,;=~?-._[]"  # stay as they are in a path or query
 HOST = re.compile(r"[\w.:%-]+", re.ASCII)
-SIGNATURES = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM|II[*+]\0|MM\0[*+]|....ftyp(?:avi[fs]|m[is]f1)"
-    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|P[1-7f]\s",
-    re.DOTALL,
-)
-
-
-def has_image_signature(data: bytes | bytearray) -> bool:
-    """Whether bytes start like an image of some kind; a page of HTML does not."""
-    return SIGNATURES.match(data) is not None
 
 
 def shown_url(url: str) -> str:
@@ -137,6 +131,9 @@ def _explained(shown: str, timeout: float) -> Iterator[None]:
         reason, particulars = error.args
         raise SampleError(f"{reason}: {shown}, {particulars}") from error
     except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+        cause = error.args[0] if error.args else None
+        if isinstance(cause, OSError) and cause.errno in OWN_WANT:
+            raise machine_error(cause, f"image at {shown}") from error
         raise _Again(f"image URL cannot be reached: {shown}, {error}") from error
     except httpcore.TimeoutException as error:
         raise _Again(f"image URL took too long: {shown}, more than {timeout:g} s") from error

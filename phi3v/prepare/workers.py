@@ -23,6 +23,7 @@ import torch
 
 from phi3v.errors import Phi3VError
 from phi3v.progress import progress
+from phi3v.reading import retried
 
 Task = TypeVar("Task")
 
@@ -53,14 +54,15 @@ def work_off(
     Each worker opens its tools once. With one worker, or one task, all is done in this process.
     workers  processes; None: one for each CPU that this process may use (of a Slurm job its share
              of the node) as far as there are FEW tasks for each, for it takes seconds to start
-    Raises: what a task raises; Phi3VError if a worker dies.
+    Raises: what a task raises; MachineError if the machine fails at it again and again; Phi3VError
+    if a worker dies.
     """
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), len(tasks) // FEW)
     workers = min(workers, len(tasks))
     if workers <= 1:
         tools = open_tools(*arguments) if tasks else None
-        yield from (function(tools, task) for task in tasks)
+        yield from (_patient(function, tools, task) for task in tasks)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -105,7 +107,15 @@ def _start(open_tools: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 
 
 def _do(function: Callable[[Any, Task], Done], task: Task) -> Done:
-    return function(_tools, task)
+    return _patient(function, _tools, task)
+
+
+def _patient(function: Callable[[Any, Task], Done], tools: Any, task: Task) -> Done:
+    """Do a task; again, if the machine failed at reading or writing a file of it.
+
+    Raises: MachineError if it still fails; what a task raises otherwise.
+    """
+    return retried(lambda: function(tools, task), f"a file of {task}")
 
 
 def _end_with_parent() -> None:

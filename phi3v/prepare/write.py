@@ -99,7 +99,7 @@ def _build(
     if isinstance(conversation, SampleError):
         return conversation
     try:
-        pictures = [part.loader.picture(image) for image in conversation.images]
+        pictures = part.pictures(conversation)
         provenance = {"source": part.source.path, "row": row.number}
         sample, traits = part.builder.build(conversation, pictures, provenance)
     except SampleError as error:

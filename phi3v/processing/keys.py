@@ -224,6 +224,11 @@ def pictures_of(values: Mapping[str, Any], ignored: Collection[str]) -> tuple[st
     return (given[0], values[given[0]]) if given else (PICTURES[0], [])
 
 
+def names_media(key: str) -> bool:
+    """Whether a key is called as pictures, films or sounds are."""
+    return _folded(key) in MOVING | STILL
+
+
 def passed_over(values: Mapping[str, Any], named: Collection[str], shows: bool) -> str | None:
     """The key of a picture, film or sound that a row of columns has and the recipe does not name:
     by its name, as image, Image_2, imgPath, or by what it holds.

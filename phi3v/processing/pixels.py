@@ -43,6 +43,7 @@ LATE_CHUNKS = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")  # of a PNG, that may tell an
 SHALLOW = "1 L P RGB RGBX RGBA RGBa LA La PA CMYK YCbCr LAB HSV".split()  # 8 bits a sample
 GRAY16 = ("I;16", "I;16L", "I;16B", "I;16N")
 FULL = 65535
+BAND = 1 << 21  # pixels of a picture that are changed at once
 DECLARED = ("PPM", "JPEG2000")  # formats that say how many bits there are, and Pillow scales them
 LEAST = 1 << 14  # of the largest value of a picture that has 16 bits in earnest
 UNSCALED_KEY = {"L;2": 85, "L;4": 17}  # Pillow scales such a PNG's samples, not its transparent one
@@ -54,6 +55,14 @@ class Pixels:
 
     image: Image.Image
     traits: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What white is in a gray picture of 9 to 16 bits; `is_inverted`: zero is."""
+
+    full: int
+    is_inverted: bool
 
 
 def to_rgb(image: Image.Image, rules: ImagesSection) -> Pixels:
@@ -74,28 +83,48 @@ def to_rgb(image: Image.Image, rules: ImagesSection) -> Pixels:
 def flatten(image: Image.Image, rules: ImagesSection) -> Pixels:
     """`to_rgb`, as the picture is stored: not turned.
 
+    Beside the picture and its result (4 bytes a pixel) a band of BAND pixels is in memory.
+
     Raises: as `to_rgb`.
     """
     rawmode = _rawmode(image)
     image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return Pixels(image, frozenset())
-    traits = set() if image.mode in SHALLOW else {DEEP}
+    depth = None if image.mode in SHALLOW else _depth(image)
+    traits = set() if depth is None else {DEEP}
+    rows = max(1, BAND // image.width)
+    if rows >= image.height:
+        flat, is_transparent = _flat(image, rawmode, depth, rules)
+    else:
+        flat, is_transparent = Image.new("RGB", image.size), False
+        for top in range(0, image.height, rows):
+            box = (0, top, image.width, min(top + rows, image.height))
+            part, has_clear = _flat(image.crop(box), rawmode, depth, rules)
+            flat.paste(part, box)
+            is_transparent |= has_clear
+    return Pixels(flat, frozenset(traits | ({TRANSPARENT} if is_transparent else set())))
+
+
+def _flat(
+    image: Image.Image, rawmode: Any, depth: Depth | None, rules: ImagesSection
+) -> tuple[Image.Image, bool]:
+    """A picture or a band of one in RGB, and whether any of it is transparent."""
     alpha = _alpha(image, rawmode, rules)
-    flat = _opaque(image)
-    if alpha is not None and alpha.getextrema() != (255, 255):
-        traits.add(TRANSPARENT)
-        if rules.alpha == "white":
-            white = Image.new("RGB", image.size, "white")
-            white.paste(flat, mask=alpha)
-            flat = white
-    return Pixels(flat, frozenset(traits))
+    flat = _opaque(image, depth)
+    if alpha is None or alpha.getextrema() == (255, 255):
+        return flat, False
+    if rules.alpha == "published":
+        return flat, True
+    white = Image.new("RGB", image.size, "white")
+    white.paste(flat, mask=alpha)
+    return white, True
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image, depth: Depth | None) -> Image.Image:
     """The colours of a picture without regard to its transparency."""
-    if image.mode not in SHALLOW:
-        return _scaled(image).convert("RGB")
+    if depth is not None:
+        return _scaled(image, depth).convert("RGB")
     if image.mode in ("La", "RGBa"):  # multiplied by their alpha
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if "transparency" in image.info:  # which Pillow would convert as well
@@ -126,8 +155,8 @@ def _alpha(image: Image.Image, rawmode: Any, rules: ImagesSection) -> Image.Imag
     return Image.fromarray(np.where(is_clear, 0, 255).astype(np.uint8))
 
 
-def _scaled(image: Image.Image) -> Image.Image:
-    """A gray picture of 9 to 16 bits, in mode L: its whole range to 0 ... 255, rounded.
+def _depth(image: Image.Image) -> Depth:
+    """The range of a decoded picture that has more than 8 bits.
 
     Where nothing says of how many bits it is, a picture whose values would all fit in 14 bits is
     refused: whether it is dark, or of 8, 10, 12 or 14 bits in the space of 16, nobody can tell.
@@ -139,18 +168,23 @@ def _scaled(image: Image.Image) -> Image.Image:
             f"image has pixels without an agreed range: {kind} of up to 32 bits (Pillow's mode "
             f"{image.mode}); save it with 8 bits"
         )
-    values = np.asarray(image).astype(np.int64)
-    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-    full = (1 << bits) - 1
-    largest = int(values.max())
+    full = (1 << tags.get(BITS_PER_SAMPLE, (16,))[0]) - 1
+    largest = int(np.asarray(image).max())
     if image.format not in DECLARED and full == FULL and 0 < largest < LEAST:
         raise SampleError(
             f"image has 16 bits and only low values: none is above {largest:,}, so it is dark or "
             f"of fewer bits than it says; scale it to 0 ... {FULL:,}, or save it with 8 bits"
         )
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits only
-        values = full - values
-    return Image.fromarray(((values * 255 + full // 2) // full).astype(np.uint8))
+    # Where white is zero, Pillow heeds it up to 8 bits only.
+    return Depth(full, is_inverted=tags.get(PHOTOMETRIC) == 0)
+
+
+def _scaled(image: Image.Image, depth: Depth) -> Image.Image:
+    """A gray picture in mode L: its whole range to 0 ... 255, rounded."""
+    values = np.asarray(image).astype(np.int64)
+    if depth.is_inverted:
+        values = depth.full - values
+    return Image.fromarray(((values * 255 + depth.full // 2) // depth.full).astype(np.uint8))
 
 
 def _rawmode(image: Image.Image) -> Any:

@@ -27,13 +27,14 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file
 
 from phi3v.config.dataset import ImagesSection
+from phi3v.content import disguise
 from phi3v.errors import ConfigError
-from phi3v.files import disguise
 from phi3v.geometry import Layout, grid_of, hd_layout, image_tokens
 from phi3v.pictures import PREPROCESSOR, PUBLISHED, PictureSettings
-from phi3v.processing.images import hd_canvas, pixel_values
+from phi3v.processing.canvas import hd_canvas
 from phi3v.processing.prompt import encode
-from phi3v.views import ViewSettings
+from phi3v.reading import is_of_machine, machine_error
+from phi3v.views import ViewSettings, pixel_values
 
 PUBLISHED_IMAGE_SIZE, PUBLISHED_PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
 RUN_CONFIG = "config.yaml"  # what every run folder has, and no model folder
@@ -285,6 +286,8 @@ def model_file(model: str, name: str) -> Path:
     try:
         file, reason = cached_file(model, name), None
     except OSError as error:
+        if is_of_machine(error):
+            raise machine_error(error, f"{name} of model {model}") from error
         file, reason = None, error
     if file is None and Path(model, RUN_CONFIG).is_file():
         raise ConfigError(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
+from phi3v.reading import is_of_machine, machine_error
+
 SETTINGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
 BLOCKS, BLOCK_BYTES = 256, 1 << 14
 
@@ -18,7 +20,9 @@ def model_digest(model: str) -> str | None:
     """
     try:
         config = cached_file(model, "config.json", _raise_exceptions_for_missing_entries=False)
-    except OSError:  # no folder here, and no such name on the hub
+    except OSError as error:  # no folder here, and no such name on the hub
+        if is_of_machine(error):
+            raise machine_error(error, f"config.json of model {model}") from error
         return None
     if config is None:
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.data.audit import SUSPICIONS, describe_answers
-from phi3v.data.format import PREPARE_AGAIN, REJECTED
+from phi3v.data.format import PREPARE_AGAIN, REJECTED, advice
 from phi3v.errors import ShardError
 
 EXAMPLES = 3  # rejected rows shown of each reason
@@ -101,7 +101,7 @@ def _read(path: Path, expected: int) -> tuple[Counter[str], dict[str, list[dict[
                 if counts[reason] <= EXAMPLES:
                     examples.setdefault(reason, []).append(entry)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ShardError(f"{path} cannot be read ({error}); {PREPARE_AGAIN}") from error
+        raise ShardError(f"{path} cannot be read ({error}); {advice(error)}") from error
     if sum(counts.values()) != expected:
         raise ShardError(
             f"{path} lists {sum(counts.values()):,} rows, the manifest says {expected:,}; "

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -413,3 +414,13 @@ def test_a_recipe_with_the_other_suffix_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"a\.yml does not exist; did you mean .*a\.yaml\?"):
         load_recipe(RunConfig, tmp_path / "a.yml", [])
+
+
+def test_a_recipe_that_is_no_file_is_said_to_be_so(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, kind in ((tmp_path / "pipe.yaml", "a pipe"), (tmp_path, "a folder")):
+        with pytest.raises(ConfigError) as caught:
+            load_recipe(DatasetConfig, path, [])
+        assert str(caught.value) == (
+            f"recipe {path} is {kind}; name a YAML file, see launch/recipes/"
+        )

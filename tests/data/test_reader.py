@@ -1,5 +1,6 @@
 """A damaged or foreign folder is refused, and the file is named; no damage crashes the reader."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from phi3v.config.schema import Verify
 from phi3v.data import Dataset
 from phi3v.data.codecs import NAMES, Codec, CodecName
+from phi3v.data.format import PREPARE_AGAIN
 from phi3v.errors import ShardError
 from phi3v.files import sha256
 from phi3v.sample import Sample
@@ -294,3 +296,27 @@ def test_no_flipped_byte_crashes_the_reader(tmp_path: Path, name: str, codec: Co
                 refused += 1
         path.write_bytes(good)
     assert refused > 3
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ESTALE, "the machine failed, not the dataset: look after the disk or the file"),
+        (errno.EMFILE, "the machine failed, not the dataset: look after the disk or the file"),
+        (errno.EACCES, "give the right to read it"),
+        (errno.ENOENT, PREPARE_AGAIN),
+    ],
+)
+def test_the_advice_fits_what_the_system_says_of_a_shard(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    def failing(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    dataset = Dataset(folder, "train")
+    monkeypatch.setattr(os, "open", failing)
+    buffer = np.empty(dataset.message_bytes.max(), np.uint8)
+    with pytest.raises(ShardError) as caught:
+        dataset.read_into(0, buffer)
+    assert os.strerror(number) in str(caught.value) and advice in str(caught.value)
+    assert (PREPARE_AGAIN in str(caught.value)) == (number == errno.ENOENT)

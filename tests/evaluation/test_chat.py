@@ -104,7 +104,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(talk: Talk, tmp_path: P
         f"/image {tmp_path}/none.png", "/what", "Is <|image_1|> red?", "word " * 5000, "Hi"
     )
     assert len(chat.messages) == 2 and said == f"{contents(chat)[1]}\n"
-    assert notes[0] == f"{tmp_path}/none.png does not exist; name a picture"
+    assert notes[0] == f"image does not exist: {tmp_path}/none.png"
     assert notes[1].startswith("there is no /what; /image FILE shows")
     assert "do not number 0 images" in notes[2]
     assert "are more than the model's 4,096; shorten it" in notes[3]
@@ -126,7 +126,7 @@ def test_an_image_tag_that_the_model_says_is_text(talk: Talk, asker: Asker) -> N
 
 
 def test_a_picture_given_at_the_start_must_be_one(asker: Asker, tmp_path: Path) -> None:
-    with pytest.raises(SampleError, match="is a folder; name a picture"):
+    with pytest.raises(SampleError, match="image does not exist: .*, which is a folder"):
         Chat(asker, print, print).add_picture(tmp_path)
 
 

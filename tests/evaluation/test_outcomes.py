@@ -13,7 +13,7 @@ from phi3v.evaluation import losses
 from phi3v.evaluation.losses import cut_packs
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.outcomes import cut, deal, say_teacher_forced, within
-from phi3v.processing.images import pixel_values
+from phi3v.views import pixel_values
 
 LENGTHS = st.lists(st.integers(1, 5000), max_size=60)
 

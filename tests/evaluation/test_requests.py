@@ -1,14 +1,19 @@
 """Every line of a file of questions has its line of answers, or of what is wrong with it."""
 
+import contextlib
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from phi3v.errors import ConfigError, SampleError
-from phi3v.evaluation import requests
+from phi3v import reading
+from phi3v.errors import ConfigError, MachineError, SampleError
+from phi3v.evaluation import ask, requests
 from phi3v.evaluation.ask import Asker, open_shown
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.requests import answer_file, check_files
@@ -153,9 +158,9 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         "as its 'prompt'",
         "number": "'prompt' is a int, not a text",
         "both": "a row has both a 'prompt' and 'messages'; leave one of them out",
-        "gone": "none.png does not exist",
+        "gone": f"image does not exist: {tmp_path / 'none.png'}",
         "odd": "'images' is a str",
-        "llava": "none.png does not exist",
+        "llava": f"image does not exist: {tmp_path / 'none.png'}",
         "twice": "a row has its pictures twice: 'image' and 'img'",
         "film": "a key is not understood: 'video' of the row; films are not read",
         "film tag": "a tag stands for nothing: <video>",
@@ -203,10 +208,10 @@ def test_pictures_are_found_as_prepare_finds_them(asker: Asker, tmp_path: Path) 
     names = ["red hats/a b.png", "red%20hats/a%20b.png", "red hats\\a b.png"]
     names.append((tmp_path / "red hats/a b.png").as_uri())
     wrong = {
-        "red hats/A B.PNG": f"does not exist, there is {tmp_path / 'red hats/a b.png'}; name a",
+        "red hats/A B.PNG": f"A B.PNG; there is {tmp_path / 'red hats/a b.png'}",
         "https://a.b/c.png": "https://a.b/c.png is an address; bring the file and name its path",
         "data:image/png;base64,AAAA": "data:image/png;base64,AAAA is an address; bring the file",
-        "red hats": f"{tmp_path / 'red hats'} is a folder; name a picture",
+        "red hats": f"image does not exist: {tmp_path / 'red hats'}, which is a folder",
     }
     rows = [{"id": None, "prompt": "What?", "images": [name]} for name in [*names, *wrong]]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
@@ -222,5 +227,94 @@ def test_pictures_are_found_as_prepare_finds_them(asker: Asker, tmp_path: Path) 
 def test_a_picture_of_the_command_line_may_be_an_address_of_a_file(tmp_path: Path) -> None:
     write_picture(tmp_path / "a b.png")
     assert open_shown(Path((tmp_path / "a b.png").as_uri())).size
-    with pytest.raises(ConfigError, match=r"--image https:/a.b/c.png is an address; bring"):
+    with pytest.raises(ConfigError, match=r"--image: https:/a.b/c.png is an address; bring"):
         open_shown(Path("https://a.b/c.png"))
+
+
+def shown(asker: Asker, folder: Path, names: dict[str, str], *roots: Path) -> dict[str, Any]:
+    """Ask about each picture: its answer or why there is none."""
+    rows = [{"id": name, "prompt": "What?", "images": [path]} for name, path in names.items()]
+    out = folder / "out.jsonl"
+    with contextlib.suppress(SampleError):
+        answer_file(asker, write_jsonl(folder / "in.jsonl", rows), out, read_messages, roots)
+    return {row["id"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
+
+
+def test_rows_reach_the_folder_of_their_file_or_those_of_image_root(
+    asker: Asker, tmp_path: Path
+) -> None:
+    (tmp_path / "asked").mkdir()
+    write_picture(tmp_path / "asked/a.png")
+    write_picture(tmp_path / "home/a.png", seed=1)
+    (tmp_path / "asked/link.png").symlink_to(tmp_path / "home/a.png")
+    names = {"own": "a.png", "up": "../home/a.png", "link": "link.png", "other": "home/a.png"}
+    found = shown(asker, tmp_path / "asked", names)
+    assert "prediction" in found["own"]
+    for name in ("up", "link"):
+        assert found[name]["error"].startswith("image lies outside of the folders that may be read")
+        assert found[name]["error"].endswith("; to allow it, name its folder in --image_root")
+    found = shown(asker, tmp_path / "asked", names, tmp_path / "asked", tmp_path / "home")
+    assert ["prediction" in row for row in found.values()] == [True, True, True, False]
+
+
+def test_what_prepare_would_not_open_is_not_opened(
+    asker: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An EPS would start another program, a pipe would be waited for."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(ask, "MAX_PIXELS", 2_399)
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "eps.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "big.bmp").write_bytes(b"BM" + bytes(60))
+    os.truncate(tmp_path / "big.bmp", 40 << 30)
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    write_picture(tmp_path / "wide.png", 60, 40)
+    reasons = {
+        "eps.png": "cannot identify image file, it is PostScript",
+        "pipe.png": "image is not a plain file: pipe.png, it is a pipe",
+        "big.bmp": "image has too many bytes: 42,949,672,960, big.bmp; max_row_bytes is 268,435,4",
+        "zero.png": "image lies outside of the folders",
+        "wide.png": "image has too many pixels: 60x40, wide.png; max_pixels is 2,399",
+    }
+    found = shown(asker, tmp_path, {name: name for name in reasons})
+    for name, reason in reasons.items():
+        assert reason in found[name]["error"]
+        if name != "zero.png":
+            with pytest.raises(ConfigError, match=f"--image: .*{name}"):
+                open_shown(tmp_path / name)
+    with pytest.raises(ConfigError, match="--image: image is not a plain file: .*, it is a device"):
+        open_shown(tmp_path / "zero.png")
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_row_that_the_machine_cannot_read_spoils_no_answer(
+    asker: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "PAUSES", ())
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / name)
+    opened = os.open
+
+    def failing(path: Any, *arguments: Any, **named: Any) -> int:
+        if str(path).endswith("b.png"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", failing)
+    found = shown(asker, tmp_path, {"a": "a.png", "b": "b.png"})
+    assert "prediction" in found["a"]
+    assert "which is the machine's fault and not the file's" in found["b"]["error"]
+    with pytest.raises(MachineError, match="b.png cannot be read"):
+        open_shown(tmp_path / "b.png")
+
+
+def test_questions_from_a_pipe_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "in.jsonl")
+    with pytest.raises(ConfigError) as caught:
+        check_files(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert str(caught.value) == (
+        f"--jsonl {tmp_path / 'in.jsonl'} is a pipe; name a file of JSON lines"
+    )

@@ -48,7 +48,7 @@ def test_files_are_looked_at_before_a_model_is_opened(tmp_path: Path) -> None:
         Wishes(prompt="What?", images=[tmp_path]),
         Wishes(jsonl=write_jsonl(tmp_path / "in.jsonl", []), out=tmp_path),
     ):
-        with pytest.raises(ConfigError, match=f"{tmp_path} is a folder; name a "):
+        with pytest.raises(ConfigError, match=f"{tmp_path},? (which )?is a folder; name a"):
             fulfil(wishes, open_nothing, open_nothing, read_messages)
 
 
@@ -99,3 +99,13 @@ def test_drawn_answers_follow_from_the_seed(
     assert draw(1) == draw(1) != draw(2)
     greedy = answered(tiny_model, capsys, prompt="Hi")
     assert answered(tiny_model, capsys, prompt="Hi", temperature=1e-4) == greedy
+
+
+def test_image_root_is_of_a_file_of_questions(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--image_root goes with --jsonl alone, got --prompt"):
+        Wishes(prompt="What?", image_root=[tmp_path])
+    (tmp_path / "in.jsonl").write_text("")
+    files = {"jsonl": tmp_path / "in.jsonl", "out": tmp_path / "out.jsonl"}
+    Wishes(**files, image_root=[tmp_path]).check_files()
+    with pytest.raises(ConfigError, match="--image_root .*/none is no folder; name one"):
+        Wishes(**files, image_root=[tmp_path / "none"]).check_files()

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from phi3v.errors import SampleError
 from phi3v.geometry import hd_layout, image_tokens
 from phi3v.processing import Phi3VProcessor
-from phi3v.processing.images import hd_canvas, pixel_values
+from phi3v.processing.canvas import hd_canvas
 from phi3v.processing.prompt import render
 from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD
-from phi3v.views import ViewSettings
+from phi3v.views import ViewSettings, pixel_values
 from tests.parity.goldens import IS_SAME_CPU, REFERENCE, golden, needs_reference, picture, records
 
 SETTINGS = ViewSettings(336, CLIP_MEAN, CLIP_STD)

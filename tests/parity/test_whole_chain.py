@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from phi3v.processing.images import hd_canvas, pixel_values
+from phi3v.processing.canvas import hd_canvas
 from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD
-from phi3v.views import ViewSettings
+from phi3v.views import ViewSettings, pixel_values
 from tests.parity.goldens import CASES, Case, picture
 
 NEAR = 5e-5  # measured: hidden states 1.4e-5, logits 7.9e-6

@@ -12,6 +12,8 @@ from urllib.parse import quote
 from tests.prepare.pictures import GOOD, UNREADABLE
 
 ABSENT = "image does not exist: "
+OUTSIDE = "image lies outside of the folders that may be read: "
+NOT_PLAIN = "image is not a plain file: "
 PRIVATE = "image URL leads to a private address: "
 NO_URL = "image URL is not valid: "
 NO_HTTP = "image is at an address of another kind than http(s): "
@@ -53,18 +55,20 @@ def _files(folder: Path, kept: Reference) -> Iterator[Reference]:
         yield Reference(name, GOOD, kept.data)
     may_read = os.access(folder / "locked", os.R_OK)  # root may
     yield Reference("locked", GOOD if may_read else UNREADABLE, kept.data)
-    yield from (Reference(name, UNREADABLE) for name in ("huge", "/proc/self/mem"))
+    yield Reference("huge", UNREADABLE)
 
 
 def _nowhere(folder: Path, kept: Reference) -> Iterator[Reference]:
-    """Names of what is no file: folders, a pipe, a device, links in a circle."""
+    """Names of what is no file, or nobody's of the dataset: folders, a pipe, links in a circle."""
     (folder / "loop").symlink_to("pool")
     (folder / "pool").symlink_to("loop")
     (folder / "gone").symlink_to("nowhere")
     os.mkfifo(folder / "pipe")
-    names = ["loop", "gone", "pipe", ".", "..", "kept", "/", "/dev/zero", "~", "", " ", "a\0b"]
+    names = ["loop", "gone", ".", "..", "kept", "/", "~", "", " ", "a\0b"]
     names += [f"{kept.value}/x", "x" * 5000, "../" * 3000, "\ud83d", "\n\r\t", "*", "-"]
     yield from (Reference(name, ABSENT) for name in names)
+    yield from (Reference(name, NOT_PLAIN) for name in ("pipe", "/proc/self/mem"))
+    yield from (Reference(name, OUTSIDE) for name in ("/dev/zero", "/etc/passwd"))
 
 
 def _addresses() -> Iterator[Reference]:
@@ -74,7 +78,7 @@ def _addresses() -> Iterator[Reference]:
     yield from (Reference(f"http://{host}/a.png", NO_URL) for host in HOSTS)
     yield from (Reference(url, NO_HTTP) for url in OTHERS.split(" "))
     yield from (
-        Reference(f"file://{url}", UNREADABLE) for url in ("/etc/passwd", "localhost/etc/passwd")
+        Reference(f"file://{url}", OUTSIDE) for url in ("/etc/passwd", "localhost/etc/passwd")
     )
     yield Reference("file:///nowhere/at%20all.png", ABSENT)
 

@@ -1,8 +1,10 @@
 """An image is fetched once, within bounds, and from the internet only; or a reason says why not."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import socket
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from phi3v.config.dataset import FetchSection
-from phi3v.errors import ConfigError, SampleError
+from phi3v.errors import ConfigError, MachineError, SampleError
 from phi3v.prepare.fetch import ImageCache, local_images
 from phi3v.prepare.network import is_public
 from phi3v.prepare.web import MAX_PAUSE, shown_url
@@ -358,3 +360,17 @@ def test_a_picture_of_the_command_line_that_cannot_be_fetched_is_refused(
         pass
     assert str(caught.value).endswith("; name another, or download it and name the file")
     assert "allow_private" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOBUFS])
+def test_a_want_of_this_machine_is_not_the_addresses_fault(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    cache = cache_of(tmp_path)
+    monkeypatch.setattr(socket, "create_connection", failing)
+    for ask in (cache.get, lambda url: cache.prefetch([url])):
+        with pytest.raises(MachineError, match="image at http://.*/good.jpg cannot be read"):
+            ask(host.url("/good.jpg"))

@@ -12,9 +12,11 @@ import pytest
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError
 from phi3v.prepare import prepare
+from tests.prepare.bombs import scans
 from tests.tiny import recipe, turn, write_jsonl, write_picture
 
 IMAGE = "<|image_1|>"
+MANY = "".join(f"<|image_{k}|>" for k in range(1, 130))
 GOOD = turn(f"{IMAGE} What?", "This.", id="good", images=["good.png"])
 
 
@@ -44,8 +46,11 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (with_image("torn.png"), "image cannot be read: torn.png, "),
     (with_image("text.png"), "image cannot be read: text.png, it is a web page, not the file"),
     (with_image("line.png"), "image is too narrow: 1x2000 pixels, nothing of the short side is"),
+    (with_image("scans.jpg"), "image takes too much to decode: scans.jpg, a JPEG of more than 50"),
+    (turn(MANY, "A.", images=["gone.png"] * 129), "too many images: 129, max_images is 128"),
+    (turn("Hi " * 700_000, "A."), "too much text: 2,100,00"),
     (with_image("gone.png"), "image does not exist: ROOT/gone.png"),
-    (with_image("."), "image does not exist: ROOT"),
+    (with_image("."), "image does not exist: ROOT, which is a folder"),
     (with_image("a\0b"), "image does not exist: ROOT/a\\x00b"),
     (with_image("x" * 5000), f"image does not exist: ROOT/{'x' * 300}..."),
     (with_image("s3://shop/a.png"), "image is at an address of another kind than http(s): s3://"),
@@ -129,6 +134,7 @@ def folder(tmp_path: Path) -> Path:
     data = write_picture(tmp_path / "good.png").read_bytes()
     (tmp_path / "torn.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.png").write_text("<html>404</html>")
+    (tmp_path / "scans.jpg").write_bytes(scans(80, 60))
     write_picture(tmp_path / "line.png", 1, 2000)
     return tmp_path
 

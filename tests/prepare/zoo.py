@@ -4,8 +4,8 @@
     zoo.sources            sections of a recipe: JSONL, JSON, CSV and Parquet files in `folder`
     zoo.animals[path][7]   row 7 of one of those files, and what must become of it
 
-The same arguments give the same rows. Pictures are made in pictures.py, the ways to name them in
-references.py, chats in animals.py.
+The same arguments give the same rows. Pictures are made in pictures.py and bombs.py, the ways to
+name them in references.py, chats in animals.py.
 """
 
 import csv
@@ -37,11 +37,13 @@ from tests.prepare.animals import (
     shown,
     texts,
 )
+from tests.prepare.bombs import bombs
 from tests.prepare.pictures import GOOD, damages, fate_of, pictures
 from tests.prepare.references import Reference, references
 from tests.tiny import turn
 
 MAX_TOKENS = 4000
+REFUSED = "image "  # takes too much to decode, or cannot be read: as its decoder puts it
 QUESTION = f"{TAG}\nWhat?"
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}
 NAN, INF = float("nan"), float("inf")
@@ -85,6 +87,7 @@ def make_zoo(folder: Path, tokens: Sequence[str], rows: int, seed: int = 0) -> Z
     chats += keys_and_tags(images[0])
     identified = zip(named, cycle(IDS), strict=False)
     chats += [*lines(random), *(_in_chat(image, id=name) for image, name in identified)]
+    chats += [_in_chat(zoo.keep(data, REFUSED)) for _, data in bombs()]
     left = rows - 1 - len(chats) - sum(map(len, zoo.animals.values()))
     damaged = (zoo.keep(data, fate_of(data)) for data in islice(damages(random), left))
     chats += [_in_chat(image) for image in damaged]

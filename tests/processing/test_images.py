@@ -8,9 +8,9 @@ from PIL import Image
 
 from phi3v.errors import SampleError
 from phi3v.geometry import hd_layout
-from phi3v.processing.images import hd_canvas, pixel_values
+from phi3v.processing.canvas import hd_canvas
 from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD
-from phi3v.views import ViewSettings
+from phi3v.views import ViewSettings, pixel_values
 
 CROP = 28
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 from phi3v.config.dataset import ImagesSection
 from phi3v.errors import SampleError
 from phi3v.pictures import PUBLISHED
-from phi3v.processing.images import hd_canvas
+from phi3v.processing.canvas import hd_canvas
 from phi3v.processing.pixels import TURNS, to_rgb, upright_size
 
 NEW = ImagesSection()

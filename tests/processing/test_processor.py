@@ -1,8 +1,10 @@
 """Phi3VProcessor: one call for a prompt and its pictures, settings from a model folder."""
 
 import configparser
+import errno
 import importlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from PIL import Image
 from transformers import AutoConfig, ProcessorMixin
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from phi3v.errors import ConfigError, SampleError
+from phi3v.errors import ConfigError, MachineError, SampleError
 from phi3v.processing import Phi3VImageProcessor, Phi3VProcessor
+from phi3v.processing import processor as module
 from phi3v.samples.tiny import CLIP_MEAN, CLIP_STD, TinySizes, processor_settings
 from tests.processing.tokens import tokenizer
 
@@ -236,3 +239,14 @@ def test_vllm_finds_what_registers_the_classes() -> None:
     getattr(importlib.import_module(module), function)()  # a second time, after the import
     config_class = AutoConfig.for_model("phi3_v").__class__
     assert IMAGE_PROCESSOR_MAPPING[config_class] == {"pil": Phi3VImageProcessor}
+
+
+def test_a_model_that_the_machine_cannot_read_is_not_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(module, "cached_file", failing)
+    with pytest.raises(MachineError, match="tokenizer.json of model .*Too many open files.*ulimit"):
+        module.model_file(str(folder), "tokenizer.json")

@@ -1,5 +1,6 @@
 """What a checkpoint is, every kind of damage to one, and which one is found."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from phi3v.errors import CheckpointError
+from phi3v import reading
+from phi3v.errors import CheckpointError, MachineError
 from phi3v.files import sha256
+from phi3v.training.checkpoints import store
 from phi3v.training.checkpoints.store import (
     MANIFEST,
     SavedFile,
@@ -258,3 +261,35 @@ def test_what_is_not_a_file_is_never_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.pt")
     write_manifest(tmp_path, {"step": 5}, {"a.pt": SavedFile(0, "0" * 64)})
     assert find_damage(tmp_path) == "a.pt is not a file"
+
+
+def test_a_checkpoint_that_the_machine_cannot_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the run would go on from an older one."""
+    checkpoint = save(tmp_path, 3)
+    monkeypatch.setattr(reading, "PAUSES", (0.0,))
+    failures = [errno.EIO]
+
+    def failing(path: Path, *_: object) -> str:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop()), str(path))
+        return sha256(path)
+
+    monkeypatch.setattr(store, "sha256", failing)
+    assert find_damage(checkpoint) is None and not failures
+    failures[:] = [errno.ESTALE, errno.ESTALE]
+    with pytest.raises(MachineError, match="cannot be read .Stale file handle, 2 times"):
+        find_damage(checkpoint)
+
+
+def test_a_manifest_that_the_machine_cannot_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path, **_: object) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    checkpoint = save(tmp_path, 3)
+    monkeypatch.setattr(Path, "read_text", failing)
+    with pytest.raises(MachineError, match=f"{MANIFEST} cannot be read .Stale file handle"):
+        find_damage(checkpoint)

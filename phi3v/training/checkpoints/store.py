@@ -33,6 +33,7 @@ from typing import Any
 
 from phi3v.errors import CheckpointError
 from phi3v.files import sha256, sync, sync_tree, write_json, write_text
+from phi3v.reading import is_of_machine, machine_error, retried
 
 LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"
 FORMAT = 1  # of the manifest
@@ -255,13 +256,19 @@ def _size_damage(path: Path, size: int) -> str | None:
 
 def _digest_damage(path: Path, digest: str) -> str | None:
     try:
-        found = sha256(path)
+        found = retried(lambda: sha256(path), str(path))
     except OSError as error:
         return _why_unreadable(error)
     return None if found == digest else f"has SHA-256 {found[:8]}, {MANIFEST} says {digest[:8]}"
 
 
 def _why_unreadable(error: OSError) -> str:
+    """What is said of a file that is damaged or missing.
+
+    Raises: MachineError where neither is so: an older checkpoint would be taken for no reason.
+    """
+    if is_of_machine(error):
+        raise machine_error(error, str(error.filename or "a file of a checkpoint")) from error
     missing = isinstance(error, FileNotFoundError)
     return "is missing" if missing else f"cannot be read ({error.strerror})"
 

@@ -1,17 +1,12 @@
 """The HD transform: a picture becomes a canvas of whole crops."""
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from phi3v.config.dataset import ImagesSection
 from phi3v.geometry import Layout, hd_layout
 from phi3v.pictures import PUBLISHED
 from phi3v.processing.pixels import to_rgb
-from phi3v.views import ViewSettings, make_views
 
 WHITE = 255
 
@@ -53,15 +48,3 @@ def _resize(image: Image.Image, layout: Layout) -> Image.Image:
     if layout.is_portrait:
         image = image.resize((image.width, size[1]), Image.Resampling.BILINEAR)
     return image.resize(size, Image.Resampling.BILINEAR)
-
-
-def pixel_values(canvases: Sequence[np.ndarray], slots: int, settings: ViewSettings) -> Tensor:
-    """The published processor's tensor: views of each image, then slots of zeros.
-
-    returns  (I, slots, 3, crop_size, crop_size) float32
-    """
-    stacked = torch.zeros(len(canvases), slots, 3, settings.crop_size, settings.crop_size)
-    for index, canvas in enumerate(canvases):
-        views = make_views(torch.from_numpy(canvas), settings)
-        stacked[index, : len(views)] = views
-    return stacked

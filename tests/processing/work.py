@@ -1,0 +1,55 @@
+"""Pieces of work for test_bounded.py, which the other process imports: so no torch here."""
+
+import os
+import sys
+import time
+
+import numpy as np
+
+from phi3v.errors import SampleError
+
+KEPT: list[np.ndarray] = []
+
+
+def reversed_array(data: bytes, text: str) -> tuple[np.ndarray, str]:
+    return np.frombuffer(data, np.uint8)[::-1].copy(), text
+
+
+def process(data: bytes) -> tuple[int, bool]:
+    return os.getpid(), "torch" in sys.modules
+
+
+def refuse(data: bytes) -> None:
+    raise SampleError(data.decode())
+
+
+def fail(data: bytes) -> None:
+    1 / len(data)
+
+
+def sleep(data: bytes, seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def spin(data: bytes) -> None:
+    while True:
+        pass
+
+
+def spin_for(data: bytes, seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def take(data: bytes, size: int) -> int:
+    return len(np.ones(size, np.uint8))
+
+
+def keep(data: bytes, size: int) -> None:
+    KEPT.append(np.ones(size, np.uint8))
+
+
+def end_by(data: bytes, number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(10)
