@@ -311,7 +311,7 @@ class DatasetConfig:
     """Bytes that the images of one row may take, their files and their canvases together; default
     256 MiB."""
 
-    max_characters: int = 2_000_000
+    max_characters: int = 1_000_000
     """Characters of one row's messages at most; rows with more are rejected before they are
     tokenised."""
 

@@ -48,7 +48,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (with_image("line.png"), "image is too narrow: 1x2000 pixels, nothing of the short side is"),
     (with_image("scans.jpg"), "image takes too much to decode: scans.jpg, a JPEG of more than 50"),
     (turn(MANY, "A.", images=["gone.png"] * 129), "too many images: 129, max_images is 128"),
-    (turn("Hi " * 700_000, "A."), "too much text: 2,100,00"),
+    (turn("Hi " * 400_000, "A."), "too much text: 1,200,00"),
     (with_image("gone.png"), "image does not exist: ROOT/gone.png"),
     (with_image("."), "image does not exist: ROOT, which is a folder"),
     (with_image("a\0b"), "image does not exist: ROOT/a\\x00b"),

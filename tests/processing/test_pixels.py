@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 from phi3v.config.dataset import ImagesSection
 from phi3v.errors import SampleError
 from phi3v.pictures import PUBLISHED
+from phi3v.processing import pixels
 from phi3v.processing.canvas import hd_canvas
 from phi3v.processing.pixels import TURNS, to_rgb, upright_size
+from tests.prepare.pictures import good
 
 NEW = ImagesSection()
 RED, CLEAR, HALF = (200, 30, 30, 255), (10, 20, 30, 0), (0, 0, 0, 128)
@@ -264,3 +267,17 @@ def test_a_canvas_follows_the_rule_it_is_given() -> None:
     clear = Image.new("RGBA", (28, 28), CLEAR)
     assert (hd_canvas(clear, 1, 28, rules=NEW) == 255).all()
     assert (hd_canvas(clear, 1, 28) == [10, 20, 30]).all()
+
+
+@pytest.mark.parametrize("rules", [NEW, PUBLISHED])
+def test_a_picture_in_bands_is_the_same_picture(
+    monkeypatch: pytest.MonkeyPatch, rules: ImagesSection
+) -> None:
+    """Large pictures are changed band by band, so that their memory is bounded."""
+    pictures = good(Random(0))
+    whole = [to_rgb(Image.open(io.BytesIO(data)), rules) for data in pictures]
+    monkeypatch.setattr(pixels, "BAND", 40)  # two to five rows of these
+    for data, expected in zip(pictures, whole, strict=True):
+        banded = to_rgb(Image.open(io.BytesIO(data)), rules)
+        assert np.array_equal(banded.image, expected.image)
+        assert banded.traits == expected.traits
