@@ -30,7 +30,7 @@ from phi3v.errors import SampleError
 from phi3v.files import HEAD, disguise_of
 from phi3v.places import find_file, local_path, nearby
 from phi3v.prepare.fetch import ImageCache
-from phi3v.prepare.web import has_image_signature, shown_url
+from phi3v.prepare.web import has_image_signature, shown_reference, shown_url
 from phi3v.processing.pixels import (
     FORMATS,
     Pixels,
@@ -150,8 +150,7 @@ class ImageLoader:
         if isinstance(reference, Image.Image):
             return self._encoded(reference)
         if isinstance(reference, str):
-            name = shown_url(reference) if _is_web(reference) else reference
-            return self._open(self._read(reference), _shortened(name))
+            return self._open(self._read(reference), _shortened(shown_reference(reference)))
         raise SampleError(f"image reference of type {type(reference).__name__} is no path or bytes")
 
     def _open(self, data: bytes, name: str) -> Picture:
@@ -166,8 +165,8 @@ class ImageLoader:
             if scheme[0].lower() == "file://":
                 return self._read(str(local_path(text)))
             raise SampleError(
-                f"image is at an address of another kind than http(s): {_shortened(text)}; bring "
-                "the file and name its path"
+                "image is at an address of another kind than http(s): "
+                f"{_shortened(shown_reference(text))}; bring the file and name its path"
             )
         if path := find_file(self.root, text):
             return _file(path, text)
@@ -175,7 +174,8 @@ class ImageLoader:
         if data is None or not has_image_signature(data):
             close = nearby(self.root / text) if len(text) < LONG else None
             there = f"; there is {close}" if close else ""
-            raise SampleError(f"image does not exist: {self.root / _shortened(text)}{there}")
+            name = _shortened(shown_reference(text))
+            raise SampleError(f"image does not exist: {self.root / name}{there}")
         return data
 
     def _fetched(self, url: str) -> bytes:
