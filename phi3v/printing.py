@@ -7,12 +7,14 @@ U+202E, which turns a line around. They are shown as Python writes them in a str
 """
 
 import builtins
+import re
 import sys
 import traceback
 import unicodedata
 from typing import Any, TextIO
 
 LINES = "\n\t"  # what may divide a text of several lines
+BEYOND = re.compile("[^ -~]+")  # what ASCII prints
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -21,9 +23,13 @@ def printable(text: str, keep: str = "") -> str:
     Spaces of every width stay, and so does what is in `keep`. Half of a surrogate pair is shown by
     its number as well: the result can be encoded.
     """
-    if text.isprintable():
-        return text
-    return "".join(c if _is_plain(c) or c in keep else ascii(c)[1:-1] for c in text)
+    return BEYOND.sub(lambda found: _shown(found[0], keep), text)
+
+
+def _shown(part: str, keep: str) -> str:
+    if part.isprintable():
+        return part
+    return "".join(c if _is_plain(c) or c in keep else ascii(c)[1:-1] for c in part)
 
 
 def _is_plain(character: str) -> bool:

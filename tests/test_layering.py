@@ -11,7 +11,7 @@ PACKAGE = ROOT / "phi3v"
 
 # A layer may import those below it; packages of one line do not import each other.
 LAYERS = (
-    {"errors"},
+    {"errors", "printing"},
     {"geometry", "files", "places", "progress", "page", "config", "devices", "functions"},
     {"sample", "views", "pictures"},
     {"processing", "data", "model"},

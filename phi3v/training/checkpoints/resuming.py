@@ -17,6 +17,7 @@ import torch
 from phi3v.data.packing import Position
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError
+from phi3v.printing import print
 from phi3v.training import zero
 from phi3v.training.checkpoints.convert import convert, load
 from phi3v.training.checkpoints.saving import Progress, random_name

@@ -32,6 +32,7 @@ from typing import Any
 
 from phi3v.errors import CheckpointError
 from phi3v.files import sha256, sync, sync_tree, write_json, write_text
+from phi3v.printing import print
 
 LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"
 FORMAT = 1  # of the manifest
