@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from phi3v.evaluation import wishes
 from phi3v.page import heading, html_page
 from phi3v.printing import LINES, printable
 from phi3v.progress import progress
+from phi3v.training import ranks
 from phi3v.training.console import say
 from phi3v.training.ranks import run_command
 from tests.commands import LAUNCH, ROOT, run
@@ -60,9 +62,10 @@ def test_odd_characters_are_shown_by_number_and_any_script_as_it_is() -> None:
 
 
 @pytest.fixture
-def quiet_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Signal handlers and the hook for defects are as they were afterwards."""
+def ending(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a command changes when it ends is as it was afterwards."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(ranks, "_speaking", threading.Lock())
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -71,7 +74,7 @@ def quiet_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
-@pytest.mark.usefixtures("quiet_signals")
+@pytest.mark.usefixtures("ending")
 def test_every_error_leaves_a_command_clean(
     kind: type[errors.Phi3VError], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +86,7 @@ def test_every_error_leaves_a_command_clean(
     assert kind is errors.Stopped or said.count("\n") == 1
 
 
-@pytest.mark.usefixtures("quiet_signals")
+@pytest.mark.usefixtures("ending")
 def test_a_full_disk_is_said_clean_whatever_the_file_is_called(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -104,6 +107,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", ["1", "2"])
 def test_a_defect_keeps_its_traceback_and_is_clean(tmp_path: Path, world_size: str) -> None:
     script = tmp_path / "defect.py"
