@@ -139,6 +139,36 @@ def test_the_lock_has_all_that_setup_cfg_asks_for() -> None:
     assert names(extras()["supply"]) <= locked("tools").keys()
 
 
+# What pip offers of torch, and what is then installed: by lists, and by pip with all it needs.
+OFFERED = [
+    ("2.13.0", None, ["torch"], False),
+    ("2.13.0+cpu", "2.13.0+cpu", ["cpu"], False),
+    ("2.13.0+cpu", None, ["cpu"], True),  # of a Python whose wheel is not in cpu.txt
+    ("2.13.0+cu126", None, [], True),
+]
+
+
+@pytest.mark.parametrize(("offered", "installed", "lists", "is_free"), OFFERED)
+def test_a_build_of_torch_without_known_hashes_is_said(
+    offered: str,
+    installed: str | None,
+    lists: list[str],
+    is_free: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = runpy.run_path(str(ROOT / "lock/install.py"))
+    names, commands = [], []
+    place = script["install_torch"].__globals__
+    place["install_locked"] = names.append
+    place["installed"] = lambda _: installed
+    place["pip"] = lambda *arguments: commands.append(arguments)
+    script["install_torch"](offered)
+    assert names == lists
+    assert [arguments[-1] for arguments in commands] == [f"torch=={offered}"] * is_free
+    said = f"torch {offered} is not in lock/: neither it nor its libraries are compared with hashes"
+    assert capsys.readouterr().err == (f"{said}\n" if is_free else "")
+
+
 def test_the_build_is_by_locked_tools() -> None:
     assert {"pip", "setuptools", "wheel"} <= locked("build").keys()
     assert "--no-build-isolation" in (ROOT / "lock/install.py").read_text(encoding="utf-8")
