@@ -9,7 +9,8 @@
 
 One resolution by uv is behind all, for every Python from OLDEST on and every kind of processor,
 with the hashes of every file that PyPI has of a version. It has no torch for the CPU alone:
-CPU_WHEELS are those that this project has had in hand.
+CPU_WHEELS are from PyTorch's own index, as lock files of two other projects agree on them; the
+first was compared with the wheel that the tests run with.
 """
 
 import re
@@ -24,6 +25,13 @@ TORCH = re.compile(r"torch$|triton$|(?:nvidia|cuda)-")
 BUILD = ("pip", "setuptools", "wheel")
 CPU_WHEELS = {  # by Python and processor
     ("3.11", "x86_64"): "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
+    ("3.11", "aarch64"): "84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7",
+    ("3.12", "x86_64"): "4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2",
+    ("3.12", "aarch64"): "6f307c2c32d764ffc6ff6893b801fad6d4752f3e67966cb8abf1843427c02604",
+    ("3.13", "x86_64"): "3fbf9c9d1f3c10c2d59d04aca426dee9ccc6ceb32d255c61e93acc3b4f75fae6",
+    ("3.13", "aarch64"): "0b8f7d0423027ae8b90c7977c627f3379f325363a08224dffad9b4b2d684a83d",
+    ("3.14", "x86_64"): "d20fa53ee744502fa4c69818a720b05ca0d37abd055d4f6e66cae155114bc691",
+    ("3.14", "aarch64"): "ca021f9eb2f8345c83fa03e3a04587308afb8df71bd472670b3ece00df58621c",
 }
 CPU_VERSION = "2.13.0"
 HEAD = "# Made by `make lock` from setup.cfg and constraints.txt; edit those.\n"
