@@ -14,6 +14,7 @@ import unicodedata
 from typing import Any, TextIO
 
 LINES = "\n\t"  # what may divide a text of several lines
+WITH_PASSWORD = re.compile(r"(://)[^\s/?#'\"@:]*:[^\s'\"]*@")
 BEYOND = re.compile("[^ -~]+")  # what ASCII prints
 
 
@@ -24,6 +25,14 @@ def printable(text: str, keep: str = "") -> str:
     its number as well: the result can be encoded.
     """
     return BEYOND.sub(lambda found: _shown(found[0], keep), text)
+
+
+def without_passwords(text: str) -> str:
+    """A message without the user and password of addresses in it, whoever has put them there.
+
+    A last look: who shows what is known to be an address uses `prepare.web.shown_url`.
+    """
+    return WITH_PASSWORD.sub(r"\1", text)
 
 
 def _shown(part: str, keep: str) -> str:

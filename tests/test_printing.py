@@ -87,6 +87,16 @@ def test_every_error_leaves_a_command_clean(
 
 
 @pytest.mark.usefixtures("ending")
+def test_no_error_leaves_a_command_with_the_password_of_an_address(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = errors.ConfigError("source.path 'https://me:s3/cr@t@x.org/a' is no file")
+    with pytest.raises(SystemExit):
+        run_command(mock.Mock(side_effect=error))
+    assert capsys.readouterr().err == "ConfigError: source.path 'https://x.org/a' is no file\n"
+
+
+@pytest.mark.usefixtures("ending")
 def test_a_full_disk_is_said_clean_whatever_the_file_is_called(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

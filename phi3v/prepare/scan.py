@@ -22,9 +22,8 @@ from phi3v.prepare.inputs import Input, Inputs
 from phi3v.prepare.plan import Chunk, write_table
 from phi3v.prepare.rows import ClassName, Row
 from phi3v.prepare.split import hash64, split_key
-from phi3v.prepare.web import without_passwords
 from phi3v.prepare.workers import Done
-from phi3v.printing import printable
+from phi3v.printing import printable, without_passwords
 from phi3v.processing import Phi3VProcessor
 from phi3v.processing.keys import is_empty
 

@@ -52,7 +52,6 @@ SIGNATURES = re.compile(
 )
 
 
-WITH_PASSWORD = re.compile(r"(://)[^\s/?#'\"@:]*:[^\s'\"]*@")  # in a text
 DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)  # of Windows
 
 Taken = TypeVar("Taken")
@@ -85,11 +84,6 @@ def shown_reference(text: str) -> str:
     """A path as it is, an address as `shown_url`; also one that is none: http:/me:pw@x.org/a."""
     is_address = "://" in text or ":" in text.rpartition("@")[0]
     return shown_url(text) if is_address and not DRIVE.match(text) else text
-
-
-def without_passwords(text: str) -> str:
-    """A text whose addresses have no password: a last look at what is not known to be one."""
-    return WITH_PASSWORD.sub(r"\1", text)
 
 
 class _Again(Exception):

@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.devices import check_visible, has_cuda
 from phi3v.errors import ConfigError, Diverged, Phi3VError, Stopped
 from phi3v.model.kernels import private_caches
-from phi3v.printing import print, print_exception, printable
+from phi3v.printing import print, print_exception, printable, without_passwords
 
 RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
@@ -340,7 +340,7 @@ def _report(line: str, is_of_all: bool = False) -> None:
 
     is_of_all  it needs no telling
     """
-    line = printable(line)
+    line = printable(without_passwords(line))
     _end_on_signal(2)
     store = None if is_of_all else _tell_others(line)
     if _rank() != "0":
