@@ -2,15 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+LOCK := $(wildcard lock/*.txt)
 
-.PHONY: setup demo test fast check soak mutants bench gpu format clean
+.PHONY: setup demo test fast check soak mutants bench gpu lock audit format clean
 
 setup: $(READY)
 
 # Made anew when what is to be installed changes.
-$(READY): setup.cfg pyproject.toml constraints.txt
+$(READY): setup.cfg pyproject.toml constraints.txt lock/install.py $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python lock/install.py test
 	touch $@
 
 demo: setup
@@ -44,6 +45,16 @@ bench: setup
 # What only GPUs can show, on all that are there: eight minutes at most, one table in runs/gpu.
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
+
+# The lock files, made again of what setup.cfg and constraints.txt ask for; needs PyPI.
+lock: setup
+	$(BIN)/python lock/install.py tools
+	$(BIN)/python lock/make.py
+
+# Known vulnerabilities of the locked versions; needs PyPI, and says so and fails without it.
+audit: setup
+	$(BIN)/python lock/install.py tools
+	$(BIN)/python lock/audit.py
 
 format: setup
 	$(BIN)/ruff check --fix .

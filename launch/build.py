@@ -9,6 +9,7 @@ machine with g++, and for a GPU's kernels nvcc, of the same kind as those that w
 import argparse
 from pathlib import Path
 
+from phi3v.printing import print
 from phi3v.training.ranks import run_command, set_environment
 
 

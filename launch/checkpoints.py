@@ -10,6 +10,7 @@ With --step: of that one alone.
 import argparse
 from pathlib import Path
 
+from phi3v.printing import print
 from phi3v.training.checkpoints.listing import (
     inspect_checkpoint,
     list_checkpoints,

@@ -11,6 +11,7 @@ A suite names datasets, each with its own settings.
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
 
+from phi3v.printing import print
 from phi3v.training.ranks import run_command, set_environment
 
 

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from phi3v.errors import ConfigError
+from phi3v.printing import print
 from phi3v.training.ranks import run_command, set_environment
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from phi3v.config import DatasetConfig, load_recipe
 from phi3v.data.format import MANIFEST
 from phi3v.prepare import Part, merge, prepare, prepare_part, summary, verify
+from phi3v.printing import print
 from phi3v.training.ranks import run_command
 
 

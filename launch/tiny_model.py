@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from phi3v.errors import ConfigError
+from phi3v.printing import print
 from phi3v.samples.products import sample_texts
 from phi3v.samples.tiny import TinySizes, make_tiny_model
 from phi3v.training.ranks import run_command, set_environment

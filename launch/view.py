@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from phi3v.printing import print
 from phi3v.training.ranks import run_command
 from phi3v.view import Wishes, write_view
 

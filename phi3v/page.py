@@ -2,8 +2,9 @@
 
     text = html_page("products", heading("products", [("rows", "3,000")]) + body, OWN_STYLE)
 
-Style and pictures are inline, there is no script, and a content policy forbids any request. The
-page follows the reader's light or dark setting, fits a phone, and prints.
+Style and pictures are inline, there is no script, and a content policy forbids any request. Control
+characters are shown by their numbers, wherever they come from, and so are those that turn the order
+of a line around. The page follows the reader's light or dark setting, fits a phone, and prints.
 """
 
 import base64
@@ -14,6 +15,9 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from phi3v.printing import LINES, printable
+
+JOINERS = "\u200c\u200d"  # of letters and emoji; they order nothing
 QUALITIES = (85, 60, 35)  # of JPEG, tried until a picture is small enough
 
 
@@ -24,9 +28,14 @@ def html_page(title: str, body: str, style: str = "") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{PAGE_STYLE}{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
+        f"<title>{clean(escape(title))}</title>\n<style>{PAGE_STYLE}{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{clean(body)}</main>\n</body>\n</html>\n"
     )
+
+
+def clean(text: str) -> str:
+    """A text for readers, of many lines and in any script, without what could play with them."""
+    return printable(text, LINES + JOINERS)
 
 
 def heading(title: str, facts: Iterable[tuple[str, str]], below: str = "") -> str:
@@ -97,6 +106,7 @@ small { display: block; color: var(--muted); font-size: 0.87em; font-weight: 400
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
   gap: 18px 28px; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
+code, .text, small, summary { unicode-bidi: isolate; }
 .facts th { width: 32%; font-weight: 400; color: var(--muted); }
 .facts th, .facts td { padding-top: 5px; padding-bottom: 5px; overflow-wrap: anywhere; }
 nav { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 14px 0 0; }

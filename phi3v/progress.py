@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from phi3v.printing import printable
+
 LOG_SECONDS = 10.0  # between lines where nobody watches a bar move
 
 
@@ -19,4 +21,4 @@ def progress(
     """
     seconds, delay = (0.1, 0.0) if sys.stderr.isatty() else (LOG_SECONDS, LOG_SECONDS)
     settings = {"mininterval": seconds, "delay": delay} | kwargs
-    return tqdm(items, desc=name, unit=unit, total=total, **settings)
+    return tqdm(items, desc=printable(name), unit=unit, total=total, **settings)

@@ -2,6 +2,7 @@
 
 import configparser
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ TEXTS = [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "Makefile", *CONTAI
 
 # What [cuda] may have: distributed as wheels of pure Python, looked at on PyPI.
 PURE = {"liger-kernel"}
+LOCKS = sorted(path.stem for path in ROOT.glob("lock/*.txt"))
 # What the images must have, by who needs it.
 PACKAGES = {
     "g++": "Triton's launcher",
@@ -91,6 +93,125 @@ def test_the_pins_are_of_packages_that_setup_cfg_asks_for() -> None:
         assert re.search(rf"^{name}==", pinned, flags=re.MULTILINE | re.IGNORECASE), name
 
 
+# --- the lock ---
+
+BLOCK = re.compile(
+    r"([a-z0-9-]+)==(\S+)( ; [^\\]+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)"
+)
+
+
+def locked(name: str) -> dict[str, set[str]]:
+    """The versions of a lock file, each line of which pins a package with its hashes."""
+    text = (ROOT / f"lock/{name}.txt").read_text(encoding="utf-8")
+    head, _, rest = text.partition("\n")
+    assert head.startswith("# Made by `make lock`") and not BLOCK.sub("", rest), f"lock/{name}.txt"
+    versions: dict[str, set[str]] = {}
+    for found in BLOCK.finditer(rest):
+        versions.setdefault(found[1], set()).add(found[2])
+    return versions
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    named = (line.split(" ; ")[0].partition("==") for line in lines if not line.startswith("#"))
+    return {name.lower(): version for name, _, version in named}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_the_lock_has_the_versions_of_the_constraints(name: str) -> None:
+    for package, versions in locked(name).items():
+        wanted = pins().get(package)
+        known = {version.partition("+")[0] for version in versions}
+        assert wanted is None or wanted in known, f"{package}: {versions}, not {wanted}; make lock"
+
+
+def test_the_lock_has_all_that_setup_cfg_asks_for() -> None:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    asked = {
+        *names(parser["options"]["install_requires"].split()),
+        *names(extras()["cuda"]),
+    }
+    training = {**locked("build"), **locked("torch"), **locked("packages")}
+    assert asked <= training.keys()
+    tested = names(extras()["test"]) | names(extras()["kernels"])
+    assert {name.lower() for name in tested} <= training.keys() | locked("test").keys()
+    assert names(extras()["supply"]) <= locked("tools").keys()
+
+
+# What pip offers of torch, and what is then installed: by lists, and by pip with all it needs.
+OFFERED = [
+    ("2.13.0", None, ["torch"], False),
+    ("2.13.0+cpu", "2.13.0+cpu", ["cpu"], False),
+    ("2.13.0+cpu", None, ["cpu"], True),  # of a Python whose wheel is not in cpu.txt
+    ("2.13.0+cu126", None, [], True),
+]
+
+
+@pytest.mark.parametrize(("offered", "installed", "lists", "is_free"), OFFERED)
+def test_a_build_of_torch_without_known_hashes_is_said(
+    offered: str,
+    installed: str | None,
+    lists: list[str],
+    is_free: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = runpy.run_path(str(ROOT / "lock/install.py"))
+    names, commands = [], []
+    place = script["install_torch"].__globals__
+    place["install_locked"] = names.append
+    place["installed"] = lambda _: installed
+    place["pip"] = lambda *arguments: commands.append(arguments)
+    script["install_torch"](offered)
+    assert names == lists
+    assert [arguments[-1] for arguments in commands] == [f"torch=={offered}"] * is_free
+    said = f"torch {offered} is not in lock/: neither it nor its libraries are compared with hashes"
+    assert capsys.readouterr().err == (f"{said}\n" if is_free else "")
+
+
+def test_the_build_is_by_locked_tools() -> None:
+    assert {"pip", "setuptools", "wheel"} <= locked("build").keys()
+    assert "--no-build-isolation" in (ROOT / "lock/install.py").read_text(encoding="utf-8")
+
+
+def test_what_is_locked_and_installed_here_is_the_same() -> None:
+    """Of this environment: it was made by lock/install.py, or has the same versions."""
+    for name in ("packages", "test"):
+        for package, versions in locked(name).items():
+            try:
+                assert distribution(package).version in versions, package
+            except PackageNotFoundError:
+                continue  # of another Python or platform
+
+
+AUDITS = {
+    "none": ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', 0, "0 known"),
+    "some": (
+        '{"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "PYSEC-1", "aliases": '
+        '["CVE-1"], "fix_versions": ["2"]}]}, {"name": "b", "skip_reason": "not found"}]}',
+        1,
+        "a 1: PYSEC-1, CVE-1; mended in 2",
+    ),
+    "not all": (
+        '{"dependencies": [{"name": "b", "skip_reason": "b was not found"}]}',
+        2,
+        "1 of 1 packages could not be looked up, such as: b was not found; run make audit",
+    ),
+    "no network": ("", 2, "nothing was looked up; pip-audit ended with: ERROR: no connection"),
+}
+
+
+@pytest.mark.parametrize("case", AUDITS)
+def test_an_audit_says_what_was_found_and_what_was_not_looked_up(
+    case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, code, line = AUDITS[case]
+    script = runpy.run_path(str(ROOT / "lock/audit.py"))
+    assert script["tell"](found, "a traceback\nERROR: no connection\n") == code
+    said = capsys.readouterr()
+    assert line in said.out + said.err
+
+
 def joined(text: str) -> list[str]:
     """Lines without comments, continued ones put together."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
@@ -124,9 +245,9 @@ def setup_commands() -> list[str]:
 
 
 def python_steps(commands: list[str]) -> list[list[str]]:
-    """The commands that run Python, with make's places and extra named as the images'."""
+    """The commands that run Python, with make's places named as the images', without the tests."""
     named = [
-        command.replace(".venv", "/opt/venv").replace(".[test]", ".[cuda]")
+        command.replace(".venv", "/opt/venv").removesuffix(" test")
         if "/opt/venv" not in command
         else command
         for command in commands
@@ -137,8 +258,7 @@ def python_steps(commands: list[str]) -> list[list[str]]:
 
 def test_both_images_are_set_up_as_make_does_it() -> None:
     wanted = python_steps(setup_commands())
-    assert ["-c", "constraints.txt", "-e", ".[cuda]"] == wanted[1][-4:]
-    assert len(wanted) == 2
+    assert wanted[1:] == [["/opt/venv/bin/python", "lock/install.py"]]
     assert python_steps(docker_commands()) == wanted
     assert python_steps(section("post")) == wanted
 
@@ -170,8 +290,8 @@ def test_both_images_have_the_files_that_setup_reads() -> None:
     copied = {source for line in instructions("COPY") for source in line.split()[:-1]}
     assert {line.split()[0] for line in section("files")} == copied
     assert all(line == f"{line.split()[0]} /phi3v/{line.split()[0]}" for line in section("files"))
-    needed = {"setup.cfg", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "phi3v"}
-    assert copied == needed
+    needed = {"setup.cfg", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "lock"}
+    assert copied == needed | {"phi3v"}
     assert all((ROOT / name).exists() for name in copied)
 
 

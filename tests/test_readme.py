@@ -33,7 +33,6 @@ ELSEWHERE = {
     "deepspeed --num_gpus 2 launch/train.py launch/recipes/digits.yaml": "tests/test_digits.py",
     "sbatch": "tests/slurm/test_train.py",
     "slurm/prepare.sh 64": "tests/slurm/test_prepare.py",
-    "python -m pip install": "needs an index; tests/test_install.py holds what it names",
     "deepspeed launch/train.py launch/recipes/phi35.yaml": "needs the published weights",
 }
 

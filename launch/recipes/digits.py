@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from phi3v.files import write_text
+from phi3v.printing import print
 from phi3v.training.ranks import run_command
 
 QUESTION = "<|image_1|>\nWhich digit is this?"

@@ -257,13 +257,28 @@ class FetchSection:
     """Folder where fetched images are kept, by content; default: `fetched` beside `out`."""
 
     concurrency: int = 16
-    """Requests at once, in each worker process."""
+    """Requests at once, to all hosts, in each worker process."""
+
+    per_host: int = 8
+    """Requests at once to one host, of all processes that share the cache."""
 
     timeout: float = 20.0
     """Seconds that one try of an image may take, from the connection to the last byte."""
 
     retries: int = 3
     """Further tries of an image whose host is slow, broken or overloaded."""
+
+    wait: float = 120.0
+    """Seconds that one image may wait at most, over all its tries, for a host that is overloaded or
+    asks to be left alone for a while."""
+
+    contact: str | None = None
+    """Where the owner of a host can reach you, an e-mail address or a page; part of the User-Agent
+    of every request."""
+
+    robots: Literal["obey", "ignore"] = "ignore"
+    """obey: an image that its host's robots.txt closes to programs is rejected; ignore: robots.txt
+    is not asked for, since a list of addresses is no crawl."""
 
     max_bytes: int = 67108864
     """Bytes of one image file at most; default 64 MiB."""
@@ -272,9 +287,19 @@ class FetchSection:
     """Whether addresses of the machine itself and of private networks may be fetched from."""
 
     def __post_init__(self) -> None:
-        filled(fetch__cache=self.cache)
-        at_least(1, fetch__concurrency=self.concurrency, fetch__max_bytes=self.max_bytes)
-        at_least(0, fetch__retries=self.retries)
+        filled(fetch__cache=self.cache, fetch__contact=self.contact)
+        at_least(
+            1,
+            fetch__concurrency=self.concurrency,
+            fetch__per_host=self.per_host,
+            fetch__max_bytes=self.max_bytes,
+        )
+        at_least(0, fetch__retries=self.retries, fetch__wait=self.wait)
+        if self.contact and not (self.contact.isascii() and self.contact.isprintable()):
+            raise ConfigError(
+                f"fetch.contact is sent in a header and must be printable ASCII on one line, got "
+                f"{self.contact!r}; write an e-mail address or a page's address"
+            )
         above_zero("write seconds", fetch__timeout=self.timeout)
 
 

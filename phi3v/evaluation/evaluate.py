@@ -31,6 +31,7 @@ from phi3v.evaluation.metrics.names import BLIND, CONSTANT
 from phi3v.evaluation.metrics.text import normalise
 from phi3v.evaluation.outcomes import Job, Outcome, answer_share, is_teacher_forced
 from phi3v.evaluation.report import Example
+from phi3v.printing import print
 from phi3v.sample import Sample
 
 EXAMPLES = 12  # rows shown in the report and the W&B table

@@ -14,6 +14,7 @@ from phi3v.evaluation.ask import Asker, open_shown
 from phi3v.evaluation.chat import Chat
 from phi3v.evaluation.generation import Generator, Sampling
 from phi3v.evaluation.requests import ReadMessages, answer_file, check_files
+from phi3v.printing import LINES, print, printable
 from phi3v.processing import Phi3VProcessor
 from phi3v.reading import FOLDER, kind_at
 
@@ -141,7 +142,8 @@ def _typed() -> Iterator[str]:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text)
+    """Show an answer, or a piece of one: clean on a terminal, and as it is to a file or program."""
+    sys.stdout.write(printable(text, LINES) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

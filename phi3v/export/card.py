@@ -18,6 +18,7 @@ from phi3v.evaluation.report.words import interval_fault, loss_value, metric_val
 from phi3v.export.metadata import front_matter, license_of_base
 from phi3v.export.records import RECIPE, DatasetRecord, Records, read_records
 from phi3v.files import write_text
+from phi3v.page import clean
 from phi3v.pictures import PictureSettings
 from phi3v.training.run_folder import DEEPSPEED
 
@@ -86,7 +87,8 @@ def write_text_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
 
 
 def _write(out: Path, parts: Sequence[str]) -> None:
-    write_text(out / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    text = "\n\n".join(part for part in parts if part)
+    write_text(out / "README.md", clean(text) + "\n")
 
 
 def _head(records: Records, front: str) -> str:

@@ -22,6 +22,7 @@ from phi3v.export.target import ORIGIN
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.weights import load_weights
 from phi3v.pictures import PREPROCESSOR, PictureSettings, Prepared, choose, prepared
+from phi3v.printing import print
 from phi3v.processing import Phi3VProcessor
 from phi3v.processing.processor import has_preprocessor
 from phi3v.training.checkpoints.reading import open_weights

@@ -22,6 +22,7 @@ from phi3v.export.target import ORIGIN
 from phi3v.files import write_json
 from phi3v.model.weights import STOP_TOKENS
 from phi3v.pictures import OWN_KEY, PREPROCESSOR, PictureSettings
+from phi3v.printing import print
 from phi3v.processing.processor import open_tokenizer
 
 TOKENIZER = (

@@ -35,6 +35,7 @@ from phi3v.prepare.scan import scan_chunk
 from phi3v.prepare.sources import check_source
 from phi3v.prepare.workers import Tally, work_off
 from phi3v.prepare.write import write_shard
+from phi3v.printing import print
 from phi3v.progress import progress
 
 Say = Callable[[str], None]

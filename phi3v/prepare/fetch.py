@@ -8,11 +8,14 @@
     fetched/content/a0/a04b...   those bytes, named by their SHA-256
 
 Any number of processes may share the folder: a file appears whole, under a name that follows from
-its content or its address, and one whose digest differs is fetched again.
+its content or its address, and one that is damaged is fetched again, which is said. They share the
+turns of each host as well, in `hosts` (hosts.py).
 """
 
 import hashlib
 import json
+import re
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,17 +29,30 @@ from tempfile import TemporaryDirectory
 from phi3v.config.dataset import FetchSection
 from phi3v.errors import ConfigError, SampleError
 from phi3v.prepare.web import Client, shown_url
+from phi3v.printing import print
+
+HOSTS = "hosts"  # in the folder
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What an address gave, and when."""
+    """What an address gave, and when.
+
+    Raises: ValueError if it cannot be that.
+    """
 
     url: str
     digest: str
     bytes: int
     content_type: str
     fetched: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.digest, str) or not DIGEST.fullmatch(self.digest):
+            raise ValueError(f"digest is {self.digest!r}")
+        if not isinstance(self.bytes, int) or self.bytes < 0:
+            raise ValueError(f"bytes is {self.bytes!r}")
 
 
 class ImageCache:
@@ -50,11 +66,12 @@ class ImageCache:
     ) -> None:
         self.folder, self.settings, self.is_allowed = folder, settings, is_allowed
         self.failed: dict[str, str] = {}
+        self._has_said = False
 
     @cached_property
     def client(self) -> Client:
         """Made when the first image is fetched: 35 ms, most of it for the certificates."""
-        return Client(self.settings, self.is_allowed)
+        return Client(self.settings, self.is_allowed, self.folder / HOSTS)
 
     def get(self, url: str) -> bytes:
         """Give the image at an address, from the folder if it is there.
@@ -79,7 +96,7 @@ class ImageCache:
 
     def _bring(self, url: str) -> None:
         entry = self._entry(url)
-        if entry is not None and _size(self._content(entry.digest)) == entry.bytes:
+        if entry is not None and self._is_there(entry):
             return  # `get` compares the digest
         try:
             self._fetch(url)
@@ -89,16 +106,38 @@ class ImageCache:
     def _stored(self, url: str) -> bytes | None:
         """The image of an address as it was fetched; None if it was not, or is damaged."""
         entry = self._entry(url)
-        if entry is None or _size(self._content(entry.digest)) != entry.bytes:
+        if entry is None or not self._is_there(entry):
             return None
-        data = self._content(entry.digest).read_bytes()
-        return data if hashlib.sha256(data).hexdigest() == entry.digest else None
+        path = self._content(entry.digest)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == entry.digest:
+            return data
+        self._say_damaged(path, "its bytes are not those of its name")
+        return None
 
     def _entry(self, url: str) -> Entry | None:
+        path = self._address(url)
         try:
-            return Entry(**json.loads(self._address(url).read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):  # none, or cut off by a power failure
+            return Entry(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
             return None
+        except (ValueError, TypeError, RecursionError) as error:  # TypeError: other keys
+            self._say_damaged(path, str(error))
+            return None
+
+    def _is_there(self, entry: Entry) -> bool:
+        path = self._content(entry.digest)
+        size = _size(path)
+        if size not in (entry.bytes, -1):
+            self._say_damaged(path, f"it has {size:,} bytes, not {entry.bytes:,}")
+        return size == entry.bytes
+
+    def _say_damaged(self, path: Path, fault: str) -> None:
+        """Say it of the first: after a power failure there may be thousands."""
+        if not self._has_said:
+            self._has_said = True
+            others = "it and others like it are fetched again"
+            print(f"{path} is damaged ({fault}); {others}", file=sys.stderr)
 
     def _fetch(self, url: str) -> bytes:
         data, content_type = self.client.fetch(url)

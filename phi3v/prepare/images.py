@@ -24,7 +24,7 @@ from phi3v.content import has_image_signature
 from phi3v.errors import SampleError
 from phi3v.places import local_path, missing_image, read_image, shortened
 from phi3v.prepare.fetch import ImageCache
-from phi3v.prepare.web import shown_url
+from phi3v.prepare.web import shown_reference, shown_url
 from phi3v.processing.decoding import Picture, check_size, named, open_picture, reading
 from phi3v.processing.pixels import to_rgb
 from phi3v.reading import Reach
@@ -77,8 +77,7 @@ class ImageLoader:
         if isinstance(reference, Image.Image):
             return self._encoded(reference)
         if isinstance(reference, str):
-            name = shown_url(reference) if _is_web(reference) else reference
-            return self._open(self._read(reference), shortened(name))
+            return self._open(self._read(reference), shortened(shown_reference(reference)))
         raise SampleError(f"image reference of type {type(reference).__name__} is no path or bytes")
 
     def _open(self, data: bytes, name: str) -> Picture:
@@ -93,8 +92,8 @@ class ImageLoader:
             if scheme[0].lower() == "file://":
                 return self._read(str(local_path(text)))
             raise SampleError(
-                f"image is at an address of another kind than http(s): {shortened(text)}; bring "
-                "the file and name its path"
+                "image is at an address of another kind than http(s): "
+                f"{shortened(shown_reference(text))}; bring the file and name its path"
             )
         data = read_image(self.root, text, self.reach, self.max_bytes)
         if data is not None:

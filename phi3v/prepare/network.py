@@ -14,7 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Any
 
 import httpcore
@@ -23,6 +23,44 @@ CONNECT_SECONDS = 5.0  # for one address of a host; of `fetch.timeout`
 NO_SUCH_NAME = {socket.EAI_NONAME, socket.EAI_NODATA}
 UNICAST = IPv6Network("2000::/3")  # all that is given to networks of the internet
 NAT64 = IPv6Network("64:ff9b::/96")  # an IPv4 address in its last 32 bits
+
+# What is of no host of the internet at large: every entry of IANA's registries of special-purpose
+# addresses (iana-ipv4-special-registry, iana-ipv6-special-registry; the former's anycast services
+# too, for they serve no images), multicast, and what clouds answer at besides. The table is our
+# own, for what `ipaddress` takes for global depends on the version of Python (CVE-2024-4032).
+SPECIAL_IPV4 = [
+    IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",  # private
+        "100.64.0.0/10",  # carriers' own; Alibaba's metadata at 100.100.100.200
+        "127.0.0.0/8",  # loopback
+        "168.63.129.16/32",  # Azure's services inside a virtual machine
+        "169.254.0.0/16",  # link-local; metadata of most clouds
+        "172.16.0.0/12",  # private
+        "192.0.0.0/24",  # protocols' own; Oracle's metadata at 192.0.0.192
+        "192.0.2.0/24",  # documentation
+        "192.31.196.0/24",  # AS112
+        "192.52.193.0/24",  # AMT
+        "192.88.99.0/24",  # 6to4 relays, deprecated
+        "192.168.0.0/16",  # private
+        "192.175.48.0/24",  # AS112
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, broadcast
+    )
+]
+SPECIAL_IPV6 = [  # of UNICAST; all outside of it is special
+    IPv6Network(network)
+    for network in (
+        "2001::/23",  # protocols' own: Teredo, benchmarks, AMT, AS112, ORCHID
+        "2001:db8::/32",  # documentation
+        "2620:4f:8000::/48",  # AS112
+        "3fff::/20",  # documentation
+    )
+]
 
 
 class Refused(Exception):
@@ -37,7 +75,9 @@ def is_public(address: str) -> bool:
     ip = ip_address(address.partition("%")[0])
     if isinstance(ip, IPv6Address):
         ip = ip.ipv4_mapped or ip.sixtofour or _behind_nat64(ip) or ip
-    return ip.is_global and (ip in UNICAST if ip.version == 6 else not ip.is_multicast)
+    if isinstance(ip, IPv6Address):
+        return ip in UNICAST and not any(ip in network for network in SPECIAL_IPV6)
+    return not any(ip in network for network in SPECIAL_IPV4)
 
 
 def _behind_nat64(ip: IPv6Address) -> IPv4Address | None:

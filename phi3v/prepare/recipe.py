@@ -20,6 +20,7 @@ from phi3v.prepare.inputs import open_processor
 from phi3v.prepare.lock import locked
 from phi3v.prepare.plan import Plan, WorkFolder
 from phi3v.prepare.sources import Source, open_source, source_digest
+from phi3v.printing import print
 from phi3v.processing.processor import model_file
 from phi3v.reading import retried
 

@@ -23,6 +23,7 @@ from phi3v.prepare.rows import ClassName, Row
 from phi3v.prepare.samples import canvas_bytes
 from phi3v.prepare.split import hash64, split_key
 from phi3v.prepare.workers import Done
+from phi3v.printing import printable, without_passwords
 from phi3v.processing import Phi3VProcessor
 from phi3v.processing.decoding import Picture
 from phi3v.processing.keys import is_empty
@@ -61,7 +62,7 @@ def scan_chunk(inputs: Inputs, chunk: Chunk) -> Done:
             images += len(pictures)
             read += sum(len(picture.data) for picture in pictures)
         except SampleError as error:
-            record["reason"] = printable(str(error))
+            record["reason"] = reason_of(error)
         records.append(record)
     assert [r["row"] for r in records] == list(range(chunk.start, chunk.stop)), chunk
     write_table(inputs.work.scan(chunk), pa.Table.from_pylist(records, schema=SCAN_SCHEMA))
@@ -139,7 +140,7 @@ def row_id(row: Row, section: SourceSection) -> str | None:
     return None if name is None else json.dumps(str(name))
 
 
-def printable(text: str) -> str:
+def reason_of(error: SampleError) -> str:
     """A reason on one line that UTF-8 can hold, whatever a row has given for a name or a role."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: LONGEST + 1])
+    line = printable(without_passwords(str(error))[: LONGEST + 1])
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."

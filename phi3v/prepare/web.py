@@ -4,7 +4,11 @@
 
 Nothing that a host says is trusted: neither how long its answer is, nor that it is an image, nor
 where it sends us. What may get better is tried again: no connection, too slow an answer or one cut
-short, 429, 5xx.
+short, 429, 5xx. Every host is asked by few at once and left alone when it asks for it (`hosts.py`);
+what an address waits for that is bounded by `fetch.wait`, its turns among others of ours are not.
+
+No reason quotes an address as it was given, nor what a parser says of it: either may hold a
+password.
 """
 
 import base64
@@ -14,8 +18,11 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import httpcore
@@ -23,7 +30,9 @@ import httpcore
 from phi3v.config.dataset import FetchSection
 from phi3v.content import has_image_signature
 from phi3v.errors import SampleError
+from phi3v.prepare.hosts import Hosts
 from phi3v.prepare.network import Network, Refused, is_public
+from phi3v.prepare.robots import MOST_BYTES, Robots
 from phi3v.reading import machine_error
 
 MAX_REDIRECTS = 5
@@ -32,24 +41,79 @@ FIRST_PAUSE, MAX_PAUSE = 0.5, 60.0  # seconds between tries
 REDIRECTS = {301, 302, 303, 307, 308}
 OVERLOADED = {408, 425, 429}  # like 5xx, worth another try
 OWN_WANT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}  # of this machine, not a host
-HEADERS = (("User-Agent", "phi3v dataset preparation"), ("Accept", "image/*"))
+TOO_MANY, UNAVAILABLE = 429, 503  # answers for the whole host, the latter if it says for how long
+AGENT = "phi3v dataset preparation"
+UNSENDABLE = "it has characters that cannot be sent"
 QUOTED = "/%:@!$&'()*+,;=~?-._[]"  # stay as they are in a path or query
 HOST = re.compile(r"[\w.:%-]+", re.ASCII)
+ADDRESS = re.compile(r"([^:/?#]*:)?([/\\]*)(.*)", re.DOTALL)  # scheme, slashes and the rest
+PLAIN_HOST = re.compile(r"[\w-]+(\.[\w-]+)+\.?(?=[/?#]|\Z)")  # example.org, without a port
+BAD_PORT = re.compile(r"([^/?#\[\]:]*:)(?!\d*([/?#]|\Z))[^/?#]*")  # me:pw, cut off before its @
+DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)  # of Windows
+
+Taken = TypeVar("Taken")
 
 
 def shown_url(url: str) -> str:
-    """An address without what may be secret: https://me:pw@x.org/a?key=1 -> https://x.org/a?..."""
-    address, query, _ = url.partition("#")[0].partition("?")
-    address = re.sub(r"^([^:/]+://)[^/]*@", r"\1", address)
-    return f"{address}?..." if query else address
+    """An address without what may be secret: https://me:pw@x.org/a?key=1 -> https://x.org/a?...
+
+    The query and the fragment are left out as a whole, for they may hold a signature or a token. Of
+    an address that is not written as it should be (http://me:s3/cret@x.org/ -> http://...@x.org/)
+    all up to its last @ is left out, unless it begins with the plain name of a host.
+    """
+    found = ADDRESS.match(url)
+    assert found
+    scheme, slashes, rest = found[1] or "", *found.groups()[1:]
+    if "@" in rest and not PLAIN_HOST.match(rest):
+        mark = "" if re.fullmatch(r"[^@/?#\\]*@[^@]*", rest) else "...@"
+        rest = mark + rest.rpartition("@")[2]
+    rest, query, _ = rest.partition("#")[0].partition("?")
+    rest = BAD_PORT.sub(r"\1...", rest, count=1) if BAD_PORT.match(rest) else rest
+    return f"{scheme}{slashes}{rest}{'?...' if query else ''}"
+
+
+def shown_reference(text: str) -> str:
+    """A path as it is, an address as `shown_url`; also one that is none: http:/me:pw@x.org/a."""
+    is_address = "://" in text or ":" in text.rpartition("@")[0]
+    return shown_url(text) if is_address and not DRIVE.match(text) else text
 
 
 class _Again(Exception):
-    """A try failed and the next may not; `pause` is what the host asks for, in seconds."""
+    """A try failed and the next may not.
 
-    def __init__(self, message: str, pause: float | None = None) -> None:
+    pause  seconds that the host asks for, if it does
+    host   the one that is to be left alone by all for so long, if it is
+    """
+
+    def __init__(self, message: str, pause: float | None = None, host: str | None = None) -> None:
         super().__init__(message)
-        self.pause = pause
+        self.pause, self.host = pause, host
+
+
+class _Patience:
+    """Seconds of `fetch.wait` that one address has left."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
+
+    def wait(self, seconds: float, too_long: str) -> None:
+        """Sleep for so long.
+
+        Raises: SampleError, at once and with `too_long`, if that is more than is left.
+        """
+        if seconds > self.left:
+            raise SampleError(too_long)
+        self.left -= seconds
+        time.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a request goes: the address in the form it is sent in, its headers, and the host."""
+
+    address: httpcore.URL
+    headers: list[tuple[str, str]]
+    host: str
 
 
 class Client:
@@ -57,15 +121,24 @@ class Client:
 
     is_allowed  says of an IP address whether it may be connected to; default: `is_public`, or any
                 with `fetch.allow_private`
+    hosts       folder through which processes share the turns and rests of hosts; None: this
+                process alone
     """
 
     def __init__(
-        self, settings: FetchSection, is_allowed: Callable[[str], bool] | None = None
+        self,
+        settings: FetchSection,
+        is_allowed: Callable[[str], bool] | None = None,
+        hosts: Path | None = None,
     ) -> None:
         if is_allowed is None:
             is_allowed = (lambda _: True) if settings.allow_private else is_public
         self.settings = settings
         self.network = Network(is_allowed)
+        self.hosts = Hosts(hosts, settings.per_host)
+        agent = f"{AGENT} ({settings.contact})" if settings.contact else AGENT
+        self.headers = [("User-Agent", agent), ("Accept", "image/*")]
+        self.robots = Robots(self._robots_txt) if settings.robots == "obey" else None
         self.pool = httpcore.ConnectionPool(
             ssl_context=httpcore.default_ssl_context(),
             max_connections=None,
@@ -79,29 +152,79 @@ class Client:
 
         Raises: SampleError naming what is wrong with the address or its host.
         """
-        tries = 0
+        tries, patience = 0, _Patience(self.settings.wait)
         while True:
             try:
-                return self._try(url)
+                return self._follow(url, patience, self._image, self.robots)
             except _Again as failure:
                 tries += 1
+                pause = _pause(tries) if failure.pause is None else failure.pause
+                if failure.host:
+                    self.hosts.rest(failure.host, pause)
                 if tries > self.settings.retries:
                     raise SampleError(f"{failure}; tries: {tries}") from failure
-                time.sleep(_pause(tries) if failure.pause is None else failure.pause)
+                if not failure.host:  # else whoever asks next waits
+                    patience.wait(pause, f"{failure}; tries: {tries}, and fetch.wait is over")
 
-    def _try(self, url: str) -> tuple[bytes, str]:
+    def _follow(
+        self,
+        url: str,
+        patience: _Patience,
+        take: Callable[[httpcore.Response, str, str], Taken],
+        rules: Robots | None = None,
+    ) -> Taken:
+        """Ask for an address, and for where it leads; `take` makes something of the answer."""
         self.network.start_clock(self.settings.timeout)
         shown = shown_url(url)
         targets = [url]
         with _explained(shown, self.settings.timeout):
             while True:
-                address, headers = _request(targets[-1])
-                with self.pool.stream("GET", address, headers=headers) as response:
+                target = _target(targets[-1])
+                if rules:
+                    self._ask(rules, targets[-1], shown)
+                headers = self.headers + target.headers
+                with (
+                    self._turn(target.host, patience, shown),
+                    self.pool.stream("GET", target.address, headers=headers) as response,
+                ):
                     location = _header(response, "location")
                     if response.status not in REDIRECTS or not location:
-                        _check_status(response, shown)
-                        return self._body(response, shown), _content_type(response)
+                        return take(response, shown, target.host)
                 targets.append(_next_target(targets, location, shown))
+
+    @contextmanager
+    def _turn(self, host: str, patience: _Patience, shown: str) -> Iterator[None]:
+        """Hold a turn of a host that does not rest; the try's clock stands still meanwhile."""
+        left = self.network.seconds_left()
+        while True:
+            if rest := self.hosts.seconds_left(host):
+                patience.wait(
+                    rest,
+                    f"image URL must wait too long: {shown}, its host asks to be left alone for "
+                    f"{rest:,.0f} s, fetch.wait leaves {patience.left:,.0f} s",
+                )
+            with self.hosts.turn(host):
+                if self.hosts.seconds_left(host):
+                    continue  # it came while this one waited for its turn
+                self.network.start_clock(left)
+                yield
+                return
+
+    def _ask(self, rules: Robots, url: str, shown: str) -> None:
+        left = self.network.seconds_left()
+        if not rules.allow(url):
+            raise SampleError(
+                f"image URL is closed to programs: {shown}, by its host's robots.txt; fetch.robots "
+                "says whether that counts"
+            )
+        self.network.start_clock(left)
+
+    def _robots_txt(self, address: str) -> tuple[int, bytes]:
+        return self._follow(address, _Patience(self.settings.wait), _rules)
+
+    def _image(self, response: httpcore.Response, shown: str, host: str) -> tuple[bytes, str]:
+        _check_status(response, shown, host)
+        return self._body(response, shown), _content_type(response)
 
     def _body(self, response: httpcore.Response, shown: str) -> bytes:
         """Read an answer that is not too large and starts like an image."""
@@ -139,38 +262,72 @@ def _explained(shown: str, timeout: float) -> Iterator[None]:
         raise _Again(f"image URL took too long: {shown}, more than {timeout:g} s") from error
     except (httpcore.NetworkError, httpcore.RemoteProtocolError) as error:
         raise _Again(f"image URL gave no whole answer: {shown}, {error}") from error
-    except (ValueError, httpcore.LocalProtocolError) as error:
-        raise SampleError(f"image URL is not valid: {shown}, {error}") from error
+    except _Invalid as error:
+        raise SampleError(f"image URL is not valid: {shown}, {error}") from None
+    except httpcore.LocalProtocolError:  # whose text may quote the header with the password
+        raise SampleError(f"image URL is not valid: {shown}, {UNSENDABLE}") from None
+    except ValueError as error:  # seen: a length of 5,000 digits
+        what = "its headers cannot be read"
+        raise SampleError(f"image URL gave no whole answer: {shown}, {what}") from error
 
 
-def _request(url: str) -> tuple[httpcore.URL, list[tuple[str, str]]]:
-    """An address in the form it is sent in, ASCII only, and the headers.
+class _Invalid(Exception):
+    """An address is not one that can be asked; the message quotes none of it."""
 
-    Raises: ValueError if it is no address of http or https.
+
+def _rules(response: httpcore.Response, shown: str, host: str) -> tuple[int, bytes]:
+    """Status and body of a robots.txt; as long as its host is in trouble everything is closed."""
+    if response.status in OVERLOADED or response.status >= 500:
+        _check_status(response, shown, host)
+    body = bytearray()
+    for chunk in response.iter_stream():
+        body += chunk
+        if len(body) >= MOST_BYTES:
+            break
+    return response.status, bytes(body[:MOST_BYTES])
+
+
+def _target(url: str) -> _Target:
+    """Where to ask for an address, all in ASCII.
+
+    Raises: _Invalid if it is no address of http or https.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("it is no http(s) address of a host")
-    host = parts.hostname.encode("idna").decode()
+    try:
+        parts = urlsplit(url)
+        name, port = parts.hostname, parts.port
+    except ValueError:
+        raise _Invalid("its host or port cannot be read") from None
+    if parts.scheme not in ("http", "https") or not name:
+        raise _Invalid("it is no http(s) address of a host")
+    try:
+        host = name.encode("idna").decode().lower()
+    except UnicodeError:
+        host = ""
     if not HOST.fullmatch(host):
-        raise ValueError(f"'{host}' is no name of a host")
+        raise _Invalid("what should be the name of its host is none")
     name = f"[{host}]" if ":" in host else host
-    headers = [*HEADERS, ("Host", name if parts.port is None else f"{name}:{parts.port}")]
-    if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        headers.append(("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}"))
-    target = quote(parts.path or "/", safe=QUOTED)
-    if parts.query:
-        target += f"?{quote(parts.query, safe=QUOTED)}"
+    headers = [("Host", name if port is None else f"{name}:{port}")]
+    try:
+        if parts.username is not None:
+            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            headers.append(("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}"))
+        path = quote(parts.path or "/", safe=QUOTED)
+        if parts.query:
+            path += f"?{quote(parts.query, safe=QUOTED)}"
+    except UnicodeError:  # half of a surrogate pair
+        raise _Invalid(UNSENDABLE) from None
     address = httpcore.URL(
-        scheme=parts.scheme.encode(), host=host.encode(), port=parts.port, target=target.encode()
+        scheme=parts.scheme.encode(), host=host.encode(), port=port, target=path.encode()
     )
-    return address, headers
+    return _Target(address, headers, host)
 
 
 def _next_target(targets: Sequence[str], location: str, shown: str) -> str:
     """Where a redirect leads, after those in `targets`."""
-    target = urljoin(targets[-1], location)
+    try:
+        target = urljoin(targets[-1], location)
+    except ValueError:
+        raise _Invalid("it leads to an address that cannot be read") from None
     if target in targets:
         what = f"in a circle of {len(targets) - targets.index(target)}"
     elif len(targets) > MAX_REDIRECTS:
@@ -180,12 +337,14 @@ def _next_target(targets: Sequence[str], location: str, shown: str) -> str:
     raise SampleError(f"image URL redirects too often: {shown}, {what}")
 
 
-def _check_status(response: httpcore.Response, shown: str) -> None:
+def _check_status(response: httpcore.Response, shown: str, host: str) -> None:
     if response.status == 200:
         return
     message = f"image URL answered with an error: {response.status}, {shown}"
     if response.status in OVERLOADED or response.status >= 500:
-        raise _Again(message, _retry_after(response))
+        pause = _retry_after(response)
+        is_host = response.status == TOO_MANY or response.status == UNAVAILABLE and pause
+        raise _Again(message, pause, host if is_host else None)
     raise SampleError(message)
 
 
@@ -200,13 +359,13 @@ def _content_type(response: httpcore.Response) -> str:
 
 
 def _retry_after(response: httpcore.Response) -> float | None:
-    """Seconds to wait as the host says, in seconds or as a date; MAX_PAUSE at most."""
+    """Seconds to wait as the host says, in seconds or as a date; None if it does not."""
     text = _header(response, "retry-after")
     try:
         seconds = float(text) if text.isdecimal() else _seconds_until(text)
     except (ValueError, TypeError):  # TypeError: a date without a zone
         return None
-    return min(MAX_PAUSE, max(0.0, seconds))
+    return max(0.0, seconds)
 
 
 def _seconds_until(date: str) -> float:

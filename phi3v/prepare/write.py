@@ -20,7 +20,7 @@ from phi3v.prepare.conversations import Conversation
 from phi3v.prepare.inputs import Input, Inputs
 from phi3v.prepare.plan import Shard, times_in, write_table
 from phi3v.prepare.rows import Row
-from phi3v.prepare.scan import printable, row_id
+from phi3v.prepare.scan import reason_of, row_id
 from phi3v.prepare.workers import Done
 from phi3v.sample import Sample
 
@@ -42,7 +42,7 @@ def write_shard(inputs: Inputs, shard: Shard) -> Done:
     samples = images = 0
     for place, made, times in _samples(inputs, shard):
         if isinstance(made, SampleError):
-            rejected.append(place | {"reason": printable(str(made))})
+            rejected.append(place | {"reason": reason_of(made)})
             continue
         sample, traits = made
         writer.add(sample, times)

@@ -24,6 +24,7 @@ from typing import Any
 from phi3v.data.loader import Loader
 from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError, ConfigError
+from phi3v.printing import print
 from phi3v.replay.steps import TakenStep
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import Choice, choose, restore

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phi3v.errors import Disagreement
+from phi3v.printing import print
 from phi3v.processing import Phi3VProcessor
 from phi3v.replay.again import before
 from phi3v.replay.bisect import describe, measure, step_loss

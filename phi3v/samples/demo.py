@@ -24,6 +24,7 @@ from phi3v.evaluation.report.words import metric_value
 from phi3v.prepare import prepare
 from phi3v.prepare.conversations import read_conversation
 from phi3v.prepare.sources import read_rows
+from phi3v.printing import print
 from phi3v.processing.prompt import render
 from phi3v.samples.products import make_products
 from phi3v.samples.tiny import make_tiny_model

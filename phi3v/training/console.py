@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
 from phi3v.evaluation.report.words import interval_fault, loss_value, metric_value
+from phi3v.printing import print, printable
 from phi3v.progress import progress
 
 MOST_METRICS = 3  # of an evaluation
@@ -64,7 +65,7 @@ class Console:
 
 def say(line: str) -> None:
     """Print a line on stderr, above the live one."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)
     sys.stderr.flush()
 
 

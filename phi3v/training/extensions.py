@@ -34,6 +34,7 @@ from phi3v.config import DeepSpeedConfig
 from phi3v.devices import has_cuda
 from phi3v.errors import ConfigError
 from phi3v.files import write_json
+from phi3v.printing import print
 from phi3v.private import weakness
 
 BUILT = "built.json"  # beside a finished extension: what it was built for

@@ -27,6 +27,7 @@ from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.model.sending import send
+from phi3v.printing import print
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress

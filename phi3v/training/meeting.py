@@ -30,6 +30,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from phi3v.devices import name_of
 from phi3v.errors import ConfigError
+from phi3v.printing import print
 from phi3v.training.ranks import Ranks, loopback
 
 POLL_SECONDS = 0.05

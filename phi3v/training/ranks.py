@@ -36,6 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.devices import check_visible, has_cuda
 from phi3v.errors import ConfigError, Diverged, Phi3VError, Stopped
 from phi3v.model.kernels import private_caches
+from phi3v.printing import print, print_exception, printable, without_passwords
 from phi3v.training.extensions import extensions_folder
 
 RANK_VARIABLES = (
@@ -273,8 +274,9 @@ def run_command(main: Callable[[], None]) -> None:
     rank 0 reports at once. What another rank alone has met, rank 0 reports where `share_mistakes`
     was called; else that rank does, after a grace time. So does a disk that is
     full or may not be written to, with exit code 2. Ctrl-C: exit code 130. Anything else is a
-    defect and keeps its traceback.
+    defect and keeps its traceback. All that is printed on the way out is `printable`.
     """
+    sys.excepthook = print_exception
     try:
         main()
     except Stopped as stopped:
@@ -357,6 +359,7 @@ def _report(line: str, is_of_all: bool = False) -> None:
 
     is_of_all  it needs no telling
     """
+    line = printable(without_passwords(line))
     _end_on_signal(2)
     store = None if is_of_all else _tell_others(line)
     if _rank() != "0":
@@ -395,8 +398,8 @@ def _fail(error: Exception) -> NoReturn:
             _leave_it_to_others()
             headline = f"rank {_rank()} ends because another rank is gone, which is the cause:\n"
         sys.stdout.flush()
-        sys.stderr.write(headline + "".join(traceback.format_exception(error)))
-        sys.stderr.flush()
+        text = headline + "".join(traceback.format_exception(error))
+        print(text, end="", file=sys.stderr, flush=True)
     finally:
         os._exit(1)
 

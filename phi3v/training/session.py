@@ -20,6 +20,7 @@ from phi3v.errors import CheckpointError, ConfigError, Stopped
 from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate
 from phi3v.evaluation.generation import Generator
 from phi3v.model import Phi3VForCausalLM
+from phi3v.printing import print
 from phi3v.progress import progress
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import Choice, choose, restore

@@ -39,6 +39,7 @@ class Host:
         self.at_once = 0  # answers of /slow in the making, at most
         self.headers: list[dict[str, str]] = []
         self.connections: set[Any] = set()  # addresses of clients
+        self.robots: tuple[int, bytes] = (404, PAGE)  # what /robots.txt gives
         self.image = jpeg()
         self.ended = threading.Event()
         self.server = _Server(("127.0.0.1", 0), _Answers)
@@ -125,6 +126,18 @@ class _Answers(BaseHTTPRequestHandler):
 
     def busy(self) -> None:
         self.send(PAGE, 429, Retry_After="0") if self.first(1) else self.good()
+
+    def tired(self) -> None:
+        """Too many requests, for an hour."""
+        self.send(PAGE, 429, Retry_After="3600")
+
+    def robots(self) -> None:
+        status, body = self.server.host.robots
+        self.send(body, status, Content_Type="text/plain")
+
+    def robotic(self) -> None:
+        """Leads to the picture."""
+        self.lead_to("/good.jpg")
 
     def patient(self) -> None:
         self.send(PAGE, 429, Retry_After="1") if self.first(1) else self.good()

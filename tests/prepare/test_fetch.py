@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import ipaddress
 import json
 import multiprocessing
 import os
@@ -12,12 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from phi3v.config.dataset import FetchSection
+from phi3v.config.dataset import FetchSection, ImagesSection
 from phi3v.errors import ConfigError, MachineError, SampleError
 from phi3v.prepare.fetch import ImageCache, local_images
-from phi3v.prepare.network import is_public
-from phi3v.prepare.web import MAX_PAUSE, shown_url
+from phi3v.prepare.images import ImageLoader
+from phi3v.prepare.network import NAT64, is_public
+from phi3v.prepare.scan import reason_of
+from phi3v.prepare.web import MAX_PAUSE, shown_reference, shown_url
 from tests.commands import ROOT
 from tests.prepare.hosts import Host, jpeg
 
@@ -88,6 +93,37 @@ def test_a_damaged_file_of_the_folder_is_fetched_again(
     assert host.asked["/good.jpg"] == 2
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"url": 1, "digest": 7, "bytes": 3, "content_type": "", "fetched": ""}',
+        '{"url": "", "digest": "../../x", "bytes": 3, "content_type": "", "fetched": ""}',
+        '{"url": "", "digest": "' + 64 * "a" + '", "bytes": "3", "content_type": "", "fetched": 1}',
+        '{"url": ""}',
+        "[[[",
+        "null",
+        "7",
+        "[" * 100_000,
+        "\udcff",
+    ],
+    ids=range(9),
+)
+def test_an_entry_of_other_types_is_as_none_and_is_said_once(
+    host: Host, tmp_path: Path, entry: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = [host.url("/good.jpg"), host.url("/numbered/1")]
+    cache_of(tmp_path).prefetch(urls)
+    for path in files(tmp_path, "urls"):
+        path.write_bytes(entry.encode(errors="surrogateescape"))
+    cache = cache_of(tmp_path)
+    cache.prefetch(urls)
+    assert [cache.get(url) for url in urls] == [host.image, jpeg(seed=1)]
+    assert set(host.asked.values()) == {2}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/urls/") and " is damaged (" in line
+    assert line.endswith("; it and others like it are fetched again")
+
+
 def test_prefetch_fetches_many_at_once_and_no_more_than_it_may(host: Host, tmp_path: Path) -> None:
     urls = [host.url(f"/slow/{number}") for number in range(12)]
     cache = cache_of(tmp_path, concurrency=4)
@@ -116,7 +152,7 @@ def test_a_full_disk_is_nobodys_bad_image(host: Host, tmp_path: Path) -> None:
 
 
 def _fill(folder: Path, urls: list[str]) -> None:
-    cache_of(folder).prefetch(urls)
+    cache_of(folder, per_host=32).prefetch(urls)
 
 
 def test_processes_share_a_folder(host: Host, tmp_path: Path) -> None:
@@ -156,7 +192,7 @@ BAD_HOSTS = [
     ("/loop", "image URL redirects too often: {}, in a circle of 2"),
     ("/chain/6", "image URL redirects too often: {}, more than 5 times"),
     ("/away", "image URL is not valid: {}, it is no http(s) address of a host"),
-    ("/nowhere", "image URL is not valid: {}, Invalid IPv6 URL"),
+    ("/nowhere", "image URL is not valid: {}, it leads to an address that cannot be read"),
 ]
 
 
@@ -169,7 +205,7 @@ def test_a_bad_host_gives_a_reason_in_time_and_leaves_no_file(
     said = refusal(cache_of(tmp_path, timeout=timeout), host.url(path))
     assert said.startswith(reason.format(host.url(path)))
     assert time.monotonic() - start < 10  # the slow ones would take half a minute
-    assert not list(tmp_path.iterdir())
+    assert not files(tmp_path, "content") and not files(tmp_path, "urls")
 
 
 def test_redirects_are_followed_up_to_five(host: Host, tmp_path: Path) -> None:
@@ -267,10 +303,43 @@ def test_a_redirect_to_an_address_that_is_not_allowed_is_refused(
         ("::7f00:1", False),
         ("2002:7f00:1::", False),
         ("64:ff9b::a9fe:a9fe", False),
+        ("192.0.0.192", False),  # Oracle's metadata
+        ("192.0.0.8", False),
+        ("192.0.0.9", False),
+        ("168.63.129.16", False),  # Azure's
+        ("168.63.129.17", True),
+        ("100.100.100.200", False),  # Alibaba's
+        ("198.18.0.1", False),
+        ("198.19.255.255", False),
+        ("198.20.0.1", True),
+        ("192.88.99.1", False),
+        ("2001:0:a00:7::", False),  # Teredo
+        ("2001:1::1", False),
+        ("2001:20::1", False),
+        ("2001:db8::1", False),
+        ("2001:200::1", True),
+        ("2002:a83f:8110::", False),  # Azure's by 6to4
+        ("3fff::1", False),
+        ("5f00::1", False),
+        ("64:ff9b:1::5db8:d822", False),
+        ("100::1", False),
+        ("fd00:ec2::254", False),  # Amazon's
+        ("::ffff:0:a00:7", False),
+        ("::ffff:168.63.129.16", False),
     ],
 )
 def test_only_addresses_of_the_internet_are_public(address: str, expected: bool) -> None:
     assert is_public(address) is expected
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.ip_addresses())
+def test_what_is_public_is_no_less_than_what_this_python_says_of_it(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> None:
+    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+    if is_public(str(address)) and inner not in NAT64:
+        assert inner.is_global and not inner.is_multicast
 
 
 def test_proxies_of_the_environment_are_not_used(
@@ -292,8 +361,66 @@ def test_credentials_are_sent_to_their_host_and_written_nowhere(host: Host, tmp_
 
 
 def test_an_address_is_shown_without_what_may_be_secret() -> None:
-    assert shown_url("https://me:p:w@x.org/@a/b.jpg?k=1#f") == "https://x.org/@a/b.jpg?..."
-    assert shown_url("http://x.org/me@home.jpg") == "http://x.org/me@home.jpg"
+    assert shown_url("https://me:p:w@x.org/a/b.jpg?k=1#f") == "https://x.org/a/b.jpg?..."
+    assert shown_url("http://x.org/icon@2x.png?a@b#@") == "http://x.org/icon@2x.png?..."
+    assert shown_reference("pictures/icon@2x.png") == "pictures/icon@2x.png"
+    assert shown_reference("C:\\pictures\\icon@2x.png") == "C:\\pictures\\icon@2x.png"
+
+
+MANGLED = [
+    "http://me:PW@ho\u2100st/",
+    "http://me:s3/PW@host/",
+    "http://me:PW/s3@host.org/",
+    "http://me:12345/PW@host/a.jpg",
+    "http://me:P?PW@host/",
+    "http://me:P#PW@host/",
+    "http://me:PW\\s@host/",
+    "http://me:p@s.s/PW@host/",
+    "http://me:PW",
+    "http://me:PW@[1/",
+    "http://me:PW@host:port/",
+    "http://me:PW@/",
+    "http://me:PW@",
+    "http://me:P W@a b/".replace("P W", "PW PW"),
+    "http://me:PW@x\ud83d/",
+    "http://me:PW\ud83d@127.0.0.1:9/",
+    "http://PW\n@[::1/",
+    "HTTP://me:PW@127.0.0.1:9/",
+    "http:/me:PW@host/",
+    "http:me:PW@host/",
+    " http://me:PW@host/a.jpg",
+    "h\tttp://me:PW@host/a.jpg",
+    "//me:PW@host/a.jpg",
+    "me:PW@host/a.jpg",
+    "ftp://me:PW@host/a.jpg",
+    "s3://me:PW@bucket/a.jpg",
+    "http://h.org/a.jpg?token=PW",
+    "http://127.0.0.1:9/a.jpg?X-Amz-Signature=PW&sig=PW#PW",
+]
+
+
+@pytest.mark.parametrize("url", MANGLED)
+def test_no_reason_holds_the_password_of_an_address_however_it_is_written(
+    tmp_path: Path, url: str
+) -> None:
+    loader = ImageLoader(tmp_path, 100, cache_of(tmp_path), ImagesSection())
+    with pytest.raises(SampleError) as caught:
+        loader.picture(url)
+    assert "PW" not in reason_of(caught.value)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("PQ:/@?#[]\\.a0\u2100 %", max_size=12), st.sampled_from(["http://", "http:", ""]))
+def test_what_stands_before_the_last_at_of_an_address_is_shown_of_a_plain_host_alone(
+    text: str, scheme: str
+) -> None:
+    shown = shown_reference(f"{scheme}me:{text}PW@host/a.jpg")
+    assert "PW" not in shown and shown.endswith("host/a.jpg")
+
+
+def test_a_password_in_any_other_reason_is_cut_out() -> None:
+    said = reason_of(SampleError("key 'page' is not known: 'http://me:PW/s@x.org/a', in row 3"))
+    assert said == "key 'page' is not known: 'http://x.org/a', in row 3"
 
 
 def test_an_address_may_hold_spaces_and_letters_of_any_script(host: Host, tmp_path: Path) -> None:
@@ -305,7 +432,14 @@ def test_an_address_may_hold_spaces_and_letters_of_any_script(host: Host, tmp_pa
 
 @pytest.mark.parametrize(
     "url",
-    ["http://", "http:///a.jpg", "http://x:port/", "http://a..b/", "http://x/\ud83d", "http://[1"],
+    [
+        "http://",
+        "http:///a.jpg",
+        "http://x:1000000/",
+        "http://a..b/",
+        "http://x/\ud83d",
+        "http://[1",
+    ],
 )
 def test_what_is_no_address_says_so(tmp_path: Path, url: str) -> None:
     assert refusal(cache_of(tmp_path), url).startswith(f"image URL is not valid: {url}, ")
@@ -326,8 +460,9 @@ def test_a_connection_serves_several_images(host: Host, tmp_path: Path) -> None:
 def test_every_reason_of_this_file_is_in_the_docs() -> None:
     table = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("## What is rejected")[2]
     text = Path(__file__).read_text(encoding="utf-8")
+    text += Path(__file__).with_name("test_hosts.py").read_text(encoding="utf-8")
     reasons = set(re.findall(r"image URL [a-z ]+(?=:)", text))
-    assert len(reasons) == 9
+    assert len(reasons) == 11
     for reason in reasons:
         assert f"| {reason} |" in table
 

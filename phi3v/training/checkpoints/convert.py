@@ -43,6 +43,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from phi3v.errors import CheckpointError
 from phi3v.files import publish, sha256
+from phi3v.printing import print
 from phi3v.training.checkpoints.loading import data_only, load_data
 from phi3v.training.checkpoints.store import (
     MADE_FROM,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import CheckpointError
+from phi3v.printing import print
 from phi3v.progress import progress
 from phi3v.training.checkpoints.store import (
     BEST,

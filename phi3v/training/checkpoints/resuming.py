@@ -18,6 +18,7 @@ from torch import Tensor
 from phi3v.data.packing import Position
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError
+from phi3v.printing import print
 from phi3v.training import zero
 from phi3v.training.checkpoints.convert import convert, load
 from phi3v.training.checkpoints.loading import load_data

@@ -33,6 +33,7 @@ from typing import Any
 
 from phi3v.errors import CheckpointError
 from phi3v.files import sha256, sync, sync_tree, write_json, write_text
+from phi3v.printing import print
 from phi3v.reading import is_of_machine, machine_error, retried
 
 LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"

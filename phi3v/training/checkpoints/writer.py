@@ -47,6 +47,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from torch import Tensor
 
 from phi3v.errors import CheckpointError
+from phi3v.printing import print
 from phi3v.training.checkpoints.store import SavedFile
 
 CPU = torch.device("cpu")
