@@ -32,6 +32,7 @@ from typing import Any
 
 from phi3v.errors import CheckpointError
 from phi3v.files import sha256, sync, sync_tree, write_json, write_text
+from phi3v.output import say
 
 LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"
 FORMAT = 1  # of the manifest
@@ -370,7 +371,9 @@ def _point_latest(folder: Path) -> None:
 
 
 def _point(pointer: Path, step: int | None) -> None:
-    if step is None:
+    if _is_folder(pointer):
+        say(f"{pointer} is a folder, where a file names a checkpoint; move it away to have that")
+    elif step is None:
         pointer.unlink(missing_ok=True)
     elif read_pointer(pointer.parent, pointer.name) != step_name(step):
         write_text(pointer, step_name(step))
