@@ -12,8 +12,8 @@ PACKAGE = ROOT / "phi3v"
 # A layer may import those below it; packages of one line do not import each other.
 LAYERS = (
     {"errors"},
-    {"geometry", "files", "places", "progress", "page", "config", "devices", "functions"},
-    {"sample", "views", "pictures"},
+    {"geometry", "files", "places", "progress", "page", "config", "devices", "functions", "output"},
+    {"sample", "views", "pictures", "lines", "locks"},
     {"processing", "data", "model"},
     {"prepare", "evaluation"},
     {"training", "view"},
