@@ -28,7 +28,7 @@ from tests.tiny import recipe as dataset_recipe
 
 pytestmark = pytest.mark.slow
 
-HAZARDS = int(os.environ.get("PHI3V_HAZARDS", "5"))
+HAZARDS = int(os.environ.get("PHI3V_HAZARDS", "3"))
 SEED = os.environ.get("PHI3V_SEED") or str(time.time_ns())
 STEPS = 4 * HAZARDS + 2
 HANG_SECONDS = 20  # before a stopped rank is noticed
