@@ -41,7 +41,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an error of writing name the file, which the system's own does not always."""
+    """Have an error of reading or writing name the file, which the system's own does not."""
     try:
         yield
     except OSError as error:

@@ -88,7 +88,8 @@ def read_lines(path: Path, error: type[Phi3VError] = CheckpointError) -> list[di
     """
     if not path.is_file():
         return []
-    data = path.read_bytes()
+    with naming(path):
+        data = path.read_bytes()
     return [_record(path, number, line, error) for number, line in _split(data[: _whole_end(data)])]
 
 

@@ -34,6 +34,7 @@ from pathlib import Path
 import psutil
 
 from phi3v.errors import ConfigError
+from phi3v.files import naming
 from phi3v.output import say
 
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -98,6 +99,10 @@ class Lock:
 
         Raises: ConfigError naming the other, or saying that the folder is gone.
         """
+        with naming(self.path):
+            self._check()
+
+    def _check(self) -> None:
         if not self.path.parent.is_dir():
             raise ConfigError(
                 f"{self.path.parent} was removed while {this_process()} worked in it; put it back, "

@@ -188,6 +188,21 @@ def test_a_lock_is_made_young_each_hour(path: Path) -> None:
     lock.close()
 
 
+def test_a_disk_that_fails_is_told_with_the_lock_that_was_looked_at(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = take(path)
+
+    def pread(handle: int, size: int, at: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        lock.check()
+    assert caught.value.filename == str(path)
+    lock.close()
+
+
 def test_a_folder_that_was_removed_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     lock = take(tmp_path / "run" / "lock")
