@@ -29,9 +29,11 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-# A run is killed 200 times and goes on; half an hour. Its first line says how to repeat a failure.
+# A run is killed 200 times and goes on; half an hour. Another meets 100 hazards: disks that fail, torn
+# lines, dead logs, ranks that stand still. Their first lines say how to repeat a failure.
 soak: setup
-	PHI3V_KILLS=200 $(BIN)/python -m pytest -s tests/distributed/test_kills.py
+	PHI3V_KILLS=200 PHI3V_HAZARDS=100 $(BIN)/python -m pytest -s \
+	    tests/distributed/test_kills.py tests/distributed/test_soak.py
 
 # Known faults, one at a time in a copy of the code: the fast tests must notice each; eight minutes.
 mutants: setup

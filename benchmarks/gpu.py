@@ -37,7 +37,8 @@ from timing import ROOT, describe_machine
 
 from phi3v.devices import has_cuda
 from phi3v.errors import ConfigError
-from phi3v.files import read_lines, write_json
+from phi3v.files import write_json
+from phi3v.lines import read_lines
 from phi3v.training.ranks import RANK_VARIABLES, free_port, run_command, set_environment
 from phi3v.training.run_folder import package_versions
 

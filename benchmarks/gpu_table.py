@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from phi3v.files import append_json, write_json, write_text
+from phi3v.files import write_json, write_text
+from phi3v.lines import append_line
 
 TRUE, FALSE, MEASURED, SKIPPED, NOT_RUN = "true", "FALSE", "measured", "skipped", "not run"
 
@@ -63,7 +64,7 @@ class Findings:
 
     def _add(self, check: str, expected: str, seen: str, verdict: str) -> None:
         if self._is_first:
-            append_json(self._path, asdict(Row(self._section, check, expected, seen, verdict)))
+            append_line(self._path, asdict(Row(self._section, check, expected, seen, verdict)))
 
 
 @dataclass

@@ -20,7 +20,8 @@ from timing import ROOT
 
 from phi3v.config import default_deepspeed
 from phi3v.errors import Stopped
-from phi3v.files import read_lines, write_json
+from phi3v.files import write_json
+from phi3v.lines import read_lines
 from phi3v.training.ranks import RANK_VARIABLES, free_port
 
 ROWS = 120  # of the catalogue

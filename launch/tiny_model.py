@@ -39,7 +39,7 @@ def read_lines(paths: list[Path]) -> list[str]:
         if not path.is_file():
             raise ConfigError(f"--texts {path} does not exist; name text files")
         try:
-            lines += path.read_text(encoding="utf-8").splitlines()
+            lines += path.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"--texts {path} is no text in UTF-8 ({error}); name a CSV or JSONL"

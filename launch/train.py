@@ -52,4 +52,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, prints_result=False)

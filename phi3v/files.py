@@ -17,7 +17,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Where that fails, nothing is left beside what was there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _naming(path):
+    with naming(path):
+        temporary.unlink(missing_ok=True)  # a link that somebody has put there is not followed
         try:
             yield temporary
             sync(temporary)
@@ -38,23 +39,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def append_json(path: Path, value: Any) -> None:
-    """Add a line of valid JSON to a file; a crash may cut it off, see `read_lines`."""
-    with _naming(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The JSON lines of a file that may be missing; the end of one that was cut off is none."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Have an error of writing name the file, which the system's own does not."""
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of reading or writing name the file, which the system's own does not."""
     try:
         yield
     except OSError as error:

@@ -24,7 +24,7 @@ LONGEST = (
     *("distributed/test_world_size.py", "prepare/test_zoo.py", "prepare/test_restart.py"),
     *("distributed/test_shares.py", "test_demo.py", "slurm/test_train.py"),
     *("cuda/test_passes.py", "distributed/test_disks.py"),
-    *("distributed/test_loading.py", "distributed/test_faults.py"),
+    *("distributed/test_soak.py", "distributed/test_loading.py", "distributed/test_faults.py"),
 )
 
 

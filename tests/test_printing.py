@@ -35,7 +35,7 @@ MODULES = sorted([*(ROOT / "phi3v").rglob("*.py"), *LAUNCH.rglob("*.py")])
 # Who writes without `printing.print`, and why that is clean.
 OWN_WAYS = {
     "phi3v/printing.py": "is it",
-    "phi3v/training/console.py": "tqdm.write of what is printable, above the live line",
+    "phi3v/output.py": "tqdm.write of what is printable, above the live line",
     "phi3v/evaluation/wishes.py": "an answer, printable on a terminal",
 }
 

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "make setup": "is what makes this test's environment",
     "make test": "is what runs this test",
     "make demo": "tests/test_demo.py",
-    "make soak": "tests/distributed/test_kills.py, 20 times instead of 200",
+    "make soak": "tests/distributed/test_kills.py and test_soak.py, a few times",
     "make mutants": "tests/test_mutants.py, on faults of its own",
     "make bench": "tests/test_benchmarks.py, each smaller",
     "make gpu": "tests/test_benchmarks.py, at toy size on CPU ranks",

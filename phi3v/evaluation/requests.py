@@ -10,10 +10,12 @@ not shown to the model. Images lie in the file's folder, where their paths start
 any length; the answers have their name when all are written.
 """
 
+import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from phi3v.errors import ConfigError, MachineError, SampleError
 from phi3v.evaluation.ask import Asker, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
 from phi3v.files import replacing
+from phi3v.lines import line_of, numbered_lines, parse_line
 from phi3v.processing.keys import (
     FORMATS,
     PICTURES,
@@ -80,12 +83,12 @@ def answer_file(
     shown = _Shown.of(image_root or [source.parent])
     total = sum(1 for _ in _lines(source))
     bar = progress(None, "answer", "row", total)
-    with bar, replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with bar, replacing(out) as temporary, temporary.open("wb") as file:
         lines = _lines(source)
         while rows := list(islice(lines, BATCHES * asker.generator.batch_rows)):
             for result in _answer(asker, rows, shown, read_messages):
                 num_failed += "error" in result
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+                file.write(line_of(result))
             bar.update(len(rows))
     if num_failed:
         raise SampleError(
@@ -95,11 +98,10 @@ def answer_file(
     return total
 
 
-def _lines(source: Path) -> Iterator[tuple[int, str]]:
+def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that hold something, each with its number from 1."""
     try:
-        with source.open(encoding="utf-8", errors="replace") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        yield from numbered_lines(source)
     except OSError as error:
         if is_of_machine(error):
             raise machine_error(error, f"--jsonl {source}") from error
@@ -120,7 +122,7 @@ class _Shown:
 
 
 def _answer(
-    asker: Asker, rows: Sequence[tuple[int, str]], shown: _Shown, read_messages: ReadMessages
+    asker: Asker, rows: Sequence[tuple[int, bytes]], shown: _Shown, read_messages: ReadMessages
 ) -> Iterable[dict[str, Any]]:
     """What becomes of each row, in their order."""
     results: list[dict[str, Any]] = []
@@ -131,7 +133,7 @@ def _answer(
         try:
             values = _parse(line, number)
             if not is_empty(values.get("id")):
-                result["id"] = values["id"]
+                result["id"] = _writable(values["id"])
             prompts[place] = _prompt(asker, values, shown, read_messages)
         except (SampleError, MachineError) as error:  # the answers to other rows took hours
             result["error"] = str(error)
@@ -141,18 +143,23 @@ def _answer(
     return results
 
 
-def _parse(line: str, number: int) -> dict[str, Any]:
+def _parse(line: bytes, number: int) -> dict[str, Any]:
     """Read a line of the file, which has this number there."""
     try:
-        values = json.loads(line.rstrip(), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg}: column {error.colno}"
-        raise SampleError(f"line {number} is no JSON: {reason}") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a list in a list ...
-        raise SampleError(f"line {number} is no JSON that can be read: {error}") from error
-    if not isinstance(values, dict):
-        raise SampleError(f"line {number} is a {type(values).__name__}, not an object of JSON")
-    return values
+        return parse_line(
+            line.removeprefix(codecs.BOM_UTF8), partial(json.loads, object_pairs_hook=unique)
+        )
+    except ValueError as error:
+        raise SampleError(f"line {number} {error}") from error
+
+
+def _writable(name: Any) -> Any:
+    """An id that can be written down again: Python reads NaN and 1e999, which are no JSON."""
+    try:
+        line_of({"id": name})
+    except ValueError as error:
+        raise SampleError(f"'id' cannot be written as JSON: {error}") from error
+    return name
 
 
 def _prompt(

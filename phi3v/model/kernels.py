@@ -13,7 +13,6 @@ that nobody else can write to; the home folder, where locks may not work, is the
 
 import os
 import shutil
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from phi3v.errors import ConfigError
+from phi3v.output import say
 from phi3v.private import make_private, weakness
 
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -73,7 +73,7 @@ def _own_folder(is_told: bool) -> Path:
         reason = make_private(folder)
         if reason is None:
             if refused and is_told:
-                print(f"compiled kernels are kept in {folder}: {refused[0]}", file=sys.stderr)
+                say(f"compiled kernels are kept in {folder}: {refused[0]}")
             return folder
         refused.append(f"{folder} is not used, {reason}")
     raise ConfigError(

@@ -24,10 +24,10 @@ from phi3v.data.format import MANIFEST, read_manifest
 from phi3v.data.verification import check_files, listed_files
 from phi3v.errors import ConfigError
 from phi3v.files import publish
+from phi3v.locks import locked
 from phi3v.prepare import rejections
 from phi3v.prepare.inputs import open_inputs
 from phi3v.prepare.joining import join_scans
-from phi3v.prepare.lock import locked
 from phi3v.prepare.manifest import clear, note_licenses, write_manifest
 from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, times_in
 from phi3v.prepare.recipe import begin, differing, make_plan, resolved_recipe, start_afresh
@@ -261,7 +261,7 @@ def _give_name(cfg: DatasetConfig, work: WorkFolder, manifest: dict[str, Any]) -
     clear(work, manifest)
     out = Path(cfg.out).absolute()
     publish(work.path, out)
-    (out / work.lock.name).unlink()
+    (out / work.lock.name).unlink(missing_ok=True)  # a purge of old files may have been there
     return manifest
 
 

@@ -13,11 +13,11 @@ from phi3v.config import DatasetConfig, differing_keys, to_dict
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.files import sha256, write_json
+from phi3v.locks import locked
 from phi3v.pictures import PUBLISHED
 from phi3v.prepare.conversations import check_columns, check_hits
 from phi3v.prepare.convert import convert_digest
 from phi3v.prepare.inputs import open_processor
-from phi3v.prepare.lock import locked
 from phi3v.prepare.plan import Plan, WorkFolder
 from phi3v.prepare.sources import Source, open_source, source_digest
 from phi3v.printing import print

@@ -4,13 +4,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from phi3v.config import DatasetConfig
 from phi3v.data.format import REJECTED
 from phi3v.errors import ConfigError
-from phi3v.files import replacing
+from phi3v.lines import write_lines
 from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, read_table
 
 SHOWN_REASONS = 3
@@ -61,19 +62,18 @@ def write_rejected(
 ) -> None:
     """Write rejected.jsonl, in the order of the rows."""
     first_rows = plan.first_rows
-    with replacing(work.path / REJECTED) as temporary:
-        with temporary.open("wb") as file:
-            for rejection in sorted(rejections):
-                source = _source_of(rejection, first_rows)
-                entry = {
-                    "source": cfg.sources[source].paths[0],
-                    "row": rejection.number - first_rows[source],
-                    "line": rejection.line,
-                    "id": json.loads(rejection.id) if rejection.id else None,
-                    "reason": rejection.reason,
-                }
-                line = json.dumps(entry, ensure_ascii=False) + "\n"
-                file.write(line.encode(errors="backslashreplace"))  # half surrogate pairs
+
+    def entry(rejection: Rejection) -> dict[str, Any]:
+        source = _source_of(rejection, first_rows)
+        return {
+            "source": cfg.sources[source].paths[0],
+            "row": rejection.number - first_rows[source],
+            "line": rejection.line,
+            "id": json.loads(rejection.id) if rejection.id else None,
+            "reason": rejection.reason,
+        }
+
+    write_lines(work.path / REJECTED, map(entry, sorted(rejections)))
 
 
 def is_too_many(count: int, cfg: DatasetConfig, plan: Plan) -> bool:

@@ -1,6 +1,5 @@
 """The demo: its inputs, made where they are missing, and the whole job from rows to an answer."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from phi3v.devices import has_cuda
 from phi3v.errors import ConfigError
 from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
 from phi3v.evaluation.report.words import metric_value
+from phi3v.locks import locked
 from phi3v.prepare import prepare
 from phi3v.prepare.conversations import read_conversation
 from phi3v.prepare.sources import read_rows
@@ -56,7 +55,9 @@ def make_missing(cfg: RunConfig, recipe: Path) -> None:
     (shards,) = cfg.data.folders
     overrides = [f"model={cfg.model.path}", f"out={shards}"]
     dataset = load_recipe(DatasetConfig, recipe, overrides)
-    with _lock(Path(f"{shards}.lock")):
+    lock = Path(f"{shards}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock, waits=True):
         if not Path(shards, MANIFEST).is_file():
             make_inputs(dataset)
 
@@ -152,12 +153,3 @@ def _print_results(run: Path, seconds: float) -> None:
 
 def _show(name: str, score: dict[str, Any] | None) -> str:
     return "-" if score is None or score["value"] is None else metric_value(name, score["value"])
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Let one process of this host in at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

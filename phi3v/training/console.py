@@ -5,7 +5,6 @@ evaluation at step 120: loss 1.31, anls 61.0% (55.1% to 66.9% n=256, blind 12.5%
 """
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
 from phi3v.evaluation.report.words import interval_fault, loss_value, metric_value
-from phi3v.printing import print, printable
+from phi3v.output import is_watched, say
 from phi3v.progress import progress
 
 MOST_METRICS = 3  # of an evaluation
@@ -30,7 +29,7 @@ class Console:
 
     def __init__(self, total_steps: int, done: int, is_first: bool) -> None:
         self._total, self._is_first = total_steps, is_first
-        self._is_live = is_first and sys.stderr.isatty()
+        self._is_live = is_first and is_watched()
         settings = {"initial": done, "disable": not self._is_live, "bar_format": "{desc}"}
         self._bar = progress(None, "train", "step", total_steps, **settings)
         self._first: tuple[int, float] | None = None  # number and end of the first step here
@@ -48,7 +47,7 @@ class Console:
             self._bar.update()
         elif now - self._shown >= LOG_SECONDS or number == self._total:
             self._shown = now
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def close(self) -> None:
         """Leave the live line as it is, and the cursor below it."""
@@ -61,12 +60,6 @@ class Console:
         if number == first:
             return None
         return (now - since) / (number - first) * (self._total - number)
-
-
-def say(line: str) -> None:
-    """Print a line on stderr, above the live one."""
-    tqdm.write(printable(line), file=sys.stderr)
-    sys.stderr.flush()
 
 
 def describe_evaluation(

@@ -6,7 +6,6 @@ is made such a step. After `faults.rollback_after` of them in a row the run goes
 checkpoint before them, and their packs are left out for good.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from phi3v.data.packing import Position
-from phi3v.files import append_json, read_lines, write_text
+from phi3v.lines import append_line, read_lines, write_lines
 
 HISTORY = 32  # steps whose losses tell what is usual; over 64 a fast fall is no line any more
 NEEDED = 16  # of them at least, before anything is a spike
@@ -87,10 +86,10 @@ class FaultLog:
             for line in self.read()
             if "left_out" in line or line["step"] <= last_step or Position(**line["at"]) in left_out
         ]
-        write_text(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
+        write_lines(self.path, kept)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        append_json(self.path, line)
+        append_line(self.path, line)
 
     def left_out(self) -> list[Position]:
         """The positions whose packs are no longer trained on, of all times the run went back."""

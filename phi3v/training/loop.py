@@ -27,12 +27,13 @@ from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.model.sending import send
+from phi3v.output import say
 from phi3v.printing import print
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import choose, restore
 from phi3v.training.checkpoints.saving import Progress
 from phi3v.training.checkpoints.store import remove, steps_saved
-from phi3v.training.console import Console, say
+from phi3v.training.console import Console
 from phi3v.training.faults import HISTORY, MAX_ROLLBACKS, reason_to_skip, spike_limit
 from phi3v.training.metering import Meter
 from phi3v.training.opening import Run, open_run

@@ -23,9 +23,9 @@ from phi3v.evaluation.models import check_model
 from phi3v.model import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.execution import Execution, choose_execution
 from phi3v.model.weights import WeightFiles, load_weights
+from phi3v.output import say
 from phi3v.pictures import VIEWS, prepared
 from phi3v.training import zero
-from phi3v.training.console import say
 from phi3v.training.extensions import load_extensions
 from phi3v.training.metering import sample_costs
 from phi3v.training.optimizer import freeze

@@ -13,6 +13,7 @@ rank; start one with RANK and its companions (`RANK_VARIABLES`) removed.
 import errno
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch
 import torch.distributed
@@ -36,6 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from phi3v.devices import check_visible, has_cuda
 from phi3v.errors import ConfigError, Diverged, Phi3VError, Stopped
 from phi3v.model.kernels import private_caches
+from phi3v.output import fill_closed, keep_printing
 from phi3v.printing import print, print_exception, printable, without_passwords
 from phi3v.training.extensions import extensions_folder
 
@@ -50,7 +52,25 @@ LINGER_SECONDS = 3.0  # how long rank 0 stays, for the others to fail as well
 MISTAKE, HEARD = "phi3v/mistake", "phi3v/heard"  # keys of the store where the ranks have met
 LISTEN_SECONDS = 0.25  # between two looks at it, and a millisecond more for each rank
 _speaking = threading.Lock()  # held by the thread of rank 0 that prints the line
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+ADVICE = {  # to errors of the machine, which are no defects of this program
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG),
+        "make room or give the right to write there, then",
+    ),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENODEV, errno.EREMOTEIO),
+        "look after the disk or the server that it is on, then",
+    ),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), then"
+    ),
+    **dict.fromkeys(
+        (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP),
+        "something of another kind has the name of a file or folder of this command: move it away, "
+        "then",
+    ),
+}
+NO_READER = 128 + signal.SIGPIPE  # exit code of a shell for what ends as its reader does
 ECHOES = (  # what a collective says when the rank at the other end is gone
     *("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket closed"),
     *("Connection was likely closed", "remote process exited", "ncclRemoteError"),
@@ -267,18 +287,27 @@ def _first_address(nodelist: str) -> str:
         ) from None
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], prints_result: bool = True) -> None:
     """Run a command's main and end the process as its user's mistakes ask for.
+
+    prints_result  on stdout, which must get there; where it is read no more (`| head`) the command
+                   ends without a word. What is printed besides, and all that a training prints, may
+                   get lost
 
     Phi3VError: one line on stderr and its exit code. Every rank usually meets the same error, so
     rank 0 reports at once. What another rank alone has met, rank 0 reports where `share_mistakes`
     was called; else that rank does, after a grace time. So does a disk that is
-    full or may not be written to, with exit code 2. Ctrl-C: exit code 130. Anything else is a
-    defect and keeps its traceback. All that is printed on the way out is `printable`.
+    full, fails or may not be written to, with exit code 2. Ctrl-C: exit code 130. Anything else is
+    a defect and keeps its traceback. All that is printed on the way out is `printable`.
     """
+    fill_closed()
+    sys.stderr = keep_printing(sys.stderr)
+    if not prints_result:
+        sys.stdout = keep_printing(sys.stdout)
     sys.excepthook = print_exception
     try:
         main()
+        sys.stdout.flush()
     except Stopped as stopped:
         _leave_stopped(stopped)
     except Phi3VError as error:
@@ -288,8 +317,10 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _exit(130)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            _report(_describe_unwritable(error))
+        if prints_result and isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            _exit(NO_READER)
+        if isinstance(error, OSError) and error.errno in ADVICE:
+            _report(_describe_failure(error))
             _exit(2)
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
@@ -299,7 +330,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _leave_stopped(stopped: Stopped) -> NoReturn:
     """Leave with all ranks: the launcher sends SIGTERM to the others once one has left."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if _rank() == "0":
         print(stopped, file=sys.stderr)
@@ -376,12 +407,20 @@ def _report(line: str, is_of_all: bool = False) -> None:
         time.sleep(LINGER_SECONDS)
 
 
-def _describe_unwritable(error: OSError) -> str:
-    where = error.filename or "a file of this command"
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader has ended."""
+    poll = select.poll()
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
+
+
+def _describe_failure(error: OSError) -> str:
+    where = error.filename or "a file of this command, or its stdout"
     return (
-        f"{type(error).__name__}: {where}: {error.strerror}; make room or give the right to write "
-        "there, then start the same command again: the last checkpoint and all finished files are "
-        "intact"
+        f"{type(error).__name__}: {where}: {error.strerror}; {ADVICE[error.errno or 0]} start the "
+        "same command again: the last checkpoint and all finished files are intact"
     )
 
 
@@ -397,7 +436,8 @@ def _fail(error: Exception) -> NoReturn:
             _end_on_signal(1)
             _leave_it_to_others()
             headline = f"rank {_rank()} ends because another rank is gone, which is the cause:\n"
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         text = headline + "".join(traceback.format_exception(error))
         print(text, end="", file=sys.stderr, flush=True)
     finally:
@@ -437,6 +477,7 @@ def _exit(code: int) -> NoReturn:
     Or end the process: of some 40 runs under load two were aborted in their last moment, all done,
     by a thread of gloo's that was still joinable ("terminate called without an active exception").
     """
+    sys.stdout = keep_printing(sys.stdout)  # or Python would make 120 of the code
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,7 +11,8 @@ from phi3v.config import MODULES, RunConfig
 from phi3v.errors import CheckpointError, Diverged
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.report import Report, Saved, write_report
-from phi3v.files import write_text
+from phi3v.lines import write_lines
+from phi3v.output import say
 from phi3v.training import console
 from phi3v.training.checkpoints.store import (
     BEST,
@@ -21,10 +22,17 @@ from phi3v.training.checkpoints.store import (
     step_name,
     steps_saved,
 )
-from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT, RunFolder
+from phi3v.training.run_folder import (
+    CONFIG,
+    DATA,
+    DEEPSPEED,
+    ENVIRONMENT,
+    PREDICTIONS,
+    REPORT,
+    RunFolder,
+)
 from phi3v.training.stop_if import goodness, value_of
 
-PREDICTIONS = "predictions.jsonl"
 # A loss that does not fall stays near that of the first step, which the weights as they were gave.
 LAST_STEPS = 20  # that tell where a run ended; of a short run the last half
 NEEDED = 4  # steps, before anything can be said
@@ -62,9 +70,8 @@ def write_results(
         "metrics": evaluation.metrics() if evaluation else {},
     }
     if evaluation:
-        lines = [json.dumps(asdict(o), ensure_ascii=False) for o in evaluation.outcomes]
-        write_text(folder.path / PREDICTIONS, "".join(line + "\n" for line in lines))
-        console.say(console.describe_evaluation(step, evaluation.loss, evaluation.metrics()))
+        write_lines(folder.path / PREDICTIONS, map(asdict, evaluation.outcomes))
+        say(console.describe_evaluation(step, evaluation.loss, evaluation.metrics()))
     data = json.loads((folder.path / DATA).read_text(encoding="utf-8"))
     report = Report(
         title=folder.path.name,

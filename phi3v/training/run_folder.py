@@ -1,17 +1,15 @@
 """The run folder: who owns it, what it was started with, its metrics, whether it is finished."""
 
-import fcntl
 import json
 import os
 import platform
 import socket
 import subprocess
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -19,7 +17,9 @@ import yaml
 from phi3v.config import DeepSpeedConfig, RunConfig, differences, dump_yaml, to_dict
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError, ConfigError
-from phi3v.files import append_json, read_lines, sync, write_json, write_text
+from phi3v.files import sync, write_json, write_text
+from phi3v.lines import append_line, read_lines
+from phi3v.locks import Lock, take
 from phi3v.training.base_model import model_digest
 from phi3v.training.faults import FaultLog
 
@@ -27,8 +27,13 @@ CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
     "config.yaml deepspeed.json environment.json data.json".split()
 )
 METRICS, SUMMARY, REPORT = "metrics.jsonl summary.json report.html".split()
+PREDICTIONS, CHECKPOINTS = "predictions.jsonl checkpoints".split()
 EVALUATIONS, FAULTS, LOCK = "evaluations.jsonl faults.jsonl .lock".split()
 LOCK_SECONDS = 10.0  # that an owner may take to end
+FILES = (  # that a run writes, all of them
+    *(CONFIG, DEEPSPEED, ENVIRONMENT, DATA, METRICS, SUMMARY, REPORT, EVALUATIONS, FAULTS),
+    PREDICTIONS,
+)
 # A folder that was moved is the same run. The DeepSpeed JSON is compared by what is in it, and so
 # are the shards, by the fingerprint that each checkpoint tells.
 CHANGEABLE = (
@@ -57,10 +62,11 @@ class RunFolder:
     """Paths of a run, and what is written there; only rank 0 writes."""
 
     path: Path
+    _held: list[Lock] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def faults(self) -> FaultLog:
@@ -70,50 +76,47 @@ class RunFolder:
     def profile(self) -> Path:
         return self.path / "profile"
 
-    def lock(self, patience: float = LOCK_SECONDS) -> IO[str]:
-        """Become the owner of the folder until the returned file is closed or the process ends.
+    def lock(self, patience: float = LOCK_SECONDS) -> Lock:
+        """Become the owner of the folder until the lock is closed or the process ends.
 
         patience  seconds to wait for an owner about to end, as ranks are whose launcher was killed
 
-        Raises: ConfigError naming the host and process that own it.
+        Raises: ConfigError naming the host and process that own it, or what is there that is not
+        of a run.
         """
+        self.check_names()
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / LOCK).open("a+")
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.2)
-                    continue
-                file.seek(0)
-                raise ConfigError(
-                    f"run.out {self.path} is in use by {file.read().strip() or 'another process'}; "
-                    "wait for it, or name another folder"
-                ) from None
-        file.truncate(0)
-        file.write(_this_process())
-        file.flush()
+        self._held[:] = [take(self.path / LOCK, patience=patience, name=f"run.out {self.path}")]
         for temporary in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-            temporary.unlink()
-        return file
+            if temporary.is_file() or temporary.is_symlink():
+                temporary.unlink()
+        return self._held[0]
+
+    def check_names(self) -> None:
+        """Refuse a folder where a file of the run belongs, and a file where a folder does.
+
+        Raises: ConfigError naming it.
+        """
+        folders = [self.path, self.checkpoints]
+        wrong = [path for path in folders if path.exists() and not path.is_dir()]
+        files = [self.path / name for name in FILES]
+        wrong += [path for path in files if path.exists() and not path.is_file()]
+        for path in wrong:
+            kinds = ("a folder", "file") if path in files else ("no folder", "folder")
+            raise ConfigError(
+                f"{path} is {kinds[0]}, where a run has a {kinds[1]}; move it away, or name "
+                "another run.out"
+            )
 
     def check_owner(self) -> None:
-        """Refuse to go on where another start has become the owner.
+        """Refuse to go on where another start has become the owner; only after `lock`.
 
         Some shared file systems lock on each host alone: there a rank on a node that was given up
         for dead would go on writing beside the run that took its place.
 
         Raises: ConfigError naming the other.
         """
-        owner = (self.path / LOCK).read_text(encoding="utf-8").strip()
-        if owner != _this_process():
-            raise ConfigError(
-                f"run.out {self.path} was taken over by {owner or 'another process'}; this process "
-                "ends and leaves the run to it"
-            )
+        self._held[0].check()
 
     def check_recipe(self, cfg: RunConfig, ds: DeepSpeedConfig) -> None:
         """Refuse to go on with another recipe than the run was started with.
@@ -216,7 +219,7 @@ class RunFolder:
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append one step's line."""
-        append_json(self.path / METRICS, metrics)
+        append_line(self.path / METRICS, metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """What the evaluations gave so far, the last of a step that was repeated."""
@@ -226,7 +229,7 @@ class RunFolder:
     def add_evaluation(self, step: int, **found: Any) -> dict[str, Any]:
         """Append what an evaluation gave; returns its line."""
         entry = {"step": step, **found}
-        append_json(self.path / EVALUATIONS, entry)
+        append_line(self.path / EVALUATIONS, entry)
         return entry
 
     def read_summary(self) -> dict[str, Any] | None:
@@ -243,13 +246,6 @@ def _meant(recipe: Mapping[str, Any]) -> dict[str, Any]:
     optim = dict(recipe.get("optim") or {})
     optim["warmup_steps"] = optim.get("warmup_steps") or None
     return {**recipe, "optim": optim}
-
-
-def _this_process() -> str:
-    """Who this is, also among the starts of a Slurm job whose processes all have number 1."""
-    who = f"process {os.getpid()} on {socket.gethostname()}"
-    job, start = (os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
-    return f"{who}, start {start or 0} of job {job}" if job else who
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:

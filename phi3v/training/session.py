@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,13 +19,12 @@ from phi3v.errors import CheckpointError, ConfigError, Stopped
 from phi3v.evaluation.evaluate import Evaluation, Interrupted, evaluate
 from phi3v.evaluation.generation import Generator
 from phi3v.model import Phi3VForCausalLM
-from phi3v.printing import print
+from phi3v.output import say
 from phi3v.progress import progress
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import Choice, choose, restore
 from phi3v.training.checkpoints.saving import Progress, Saver
 from phi3v.training.checkpoints.store import BEST, LATEST, read_pointer
-from phi3v.training.console import say
 from phi3v.training.meeting import Turn
 from phi3v.training.opening import Run, describe_data, describe_length, dtype_of, load_model
 from phi3v.training.optimizer import parameter_groups
@@ -69,7 +67,7 @@ def start(run: Run, stop: StopRequests, watchdog: Watchdog) -> tuple[Session, Pr
     done = restore(engine, choice, ranks)
     if ranks.is_first:
         tell_start(run, done.step)
-        print(run.execution, file=sys.stderr)
+        say(str(run.execution))
         data = describe_data(run.dataset)
         folder.write_origin(cfg, run.ds, data, ranks.world_size, asdict(run.execution))
         forget_later_steps(run, done, before)

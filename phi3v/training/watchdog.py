@@ -24,8 +24,8 @@ from typing import NoReturn
 import psutil
 
 from phi3v.files import sync
+from phi3v.output import STDERR, shout
 
-STDERR = 2  # the descriptor: sys.stderr may have been replaced
 POLL_SECONDS = 0.5
 DUMP_SECONDS = 5.0  # how long a rank that hangs stays, for the others to write their stacks too
 NEIGHBOUR_SECONDS = 2.0  # how long a rank lives on that was sent SIGTERM because another has died
@@ -116,15 +116,15 @@ class Watchdog:
         line = (
             f"rank {self._rank}: nothing was finished for {silence:.0f} s, longer than "
             f"{key} {limit:g} s; its stacks are below and in {self._path}, "
-            "and the rank that stands elsewhere than the others is the cause\n"
+            "and the rank that stands elsewhere than the others is the cause"
         )
         try:
             faulthandler.dump_traceback_later(2 * DUMP_SECONDS, exit=True, file=STDERR)
-            os.write(STDERR, line.encode())
+            shout(line)
             faulthandler.dump_traceback(file=STDERR)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("w", encoding="utf-8") as file:
-                file.write(line)
+                file.write(f"{line}\n")
                 file.flush()
                 faulthandler.dump_traceback(file=file)
             sync(self._path)
@@ -207,14 +207,27 @@ def _watch(launchers: list[psutil.Process], signals: int) -> None:
     while True:
         if select.select([signals], [], [], POLL_SECONDS)[0]:
             told.update(os.read(signals, 4096))
-        # Ctrl-C ends `deepspeed` at once; the `launch` below it waits for its ranks to save.
-        for process in launchers[:1] if signal.SIGINT in told else launchers:
-            if not _is_alive(process):
+        gone = [process for process in launchers if not _is_alive(process)]
+        if gone and select.select([signals], [], [], POLL_SECONDS)[0]:  # what ended it, maybe
+            told.update(os.read(signals, 4096))
+        for process in gone:
+            if process in _watched(launchers, told):
                 _end(f"its launcher (process {process.pid}) is gone")
         if signal.SIGTERM in told and bereft is None and _misses_neighbour(launchers[0]):
             bereft = time.monotonic()
         if bereft is not None and time.monotonic() - bereft > NEIGHBOUR_SECONDS:
             _end("another rank of this node has ended; see its messages for the cause")
+
+
+def _watched(launchers: list[psutil.Process], told: set[int]) -> list[psutil.Process]:
+    """The launchers that must live, by the signals that this rank was told.
+
+    Ctrl-C ends `deepspeed` at once; the `launch` below it waits for its ranks to save. A terminal
+    that is closed ends both by SIGHUP, and the ranks save: all of them have got it.
+    """
+    if signal.SIGHUP in told:
+        return []
+    return launchers[:1] if signal.SIGINT in told else launchers
 
 
 def _misses_neighbour(launcher: psutil.Process) -> bool:
@@ -236,8 +249,5 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def _end(reason: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
-    try:
-        line = f"rank {rank}: {reason}; it ends at once, start the same command again to go on\n"
-        os.write(STDERR, line.encode())
-    finally:
-        os._exit(1)
+    shout(f"rank {rank}: {reason}; it ends at once, start the same command again to go on")
+    os._exit(1)

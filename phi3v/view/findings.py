@@ -1,6 +1,5 @@
 """What the label audit found, and which rows were rejected: the parts that ask for attention."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,6 +9,7 @@ from typing import Any
 from phi3v.data.audit import SUSPICIONS, describe_answers
 from phi3v.data.format import PREPARE_AGAIN, REJECTED, advice
 from phi3v.errors import ShardError
+from phi3v.lines import numbered_lines, parse_line
 
 EXAMPLES = 3  # rejected rows shown of each reason
 
@@ -93,13 +93,12 @@ def _read(path: Path, expected: int) -> tuple[Counter[str], dict[str, list[dict[
     counts: Counter[str] = Counter()
     examples: dict[str, list[dict[str, Any]]] = {}
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                entry = json.loads(line)
-                reason = entry["reason"].partition(":")[0]
-                counts[reason] += 1
-                if counts[reason] <= EXAMPLES:
-                    examples.setdefault(reason, []).append(entry)
+        for _, line in numbered_lines(path):
+            entry = parse_line(line)
+            reason = entry["reason"].partition(":")[0]
+            counts[reason] += 1
+            if counts[reason] <= EXAMPLES:
+                examples.setdefault(reason, []).append(entry)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ShardError(f"{path} cannot be read ({error}); {advice(error)}") from error
     if sum(counts.values()) != expected:

@@ -120,7 +120,8 @@ def test_a_run_that_is_killed_on_the_way_ends_where_it_would_have(
     kill(process)
     assert 0 in evaluated(folder) and 4 not in evaluated(folder)
     lines = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
-    (folder / "evaluations.jsonl").write_text(lines[0])  # killed before it had evaluated step 2
+    torn = lines[0] + '{"step": 2, "lo'  # the disk was full when it had evaluated step 2
+    (folder / "evaluations.jsonl").write_text(torn)
     done = run(*python(recipe, RULE), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     losses = {step: loss for step, loss in evaluated(folder).items() if step <= 4}

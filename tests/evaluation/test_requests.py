@@ -148,9 +148,9 @@ def test_a_bad_row_says_why_and_spoils_no_other(
     found = {row["id"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
     assert found["good"]["prediction"] == found["good too"]["prediction"]
     reasons = {
-        "2": "line 2 is no JSON: Unterminated string starting at: column 19",
+        "2": "line 2 is not JSON: Unterminated string starting at, column 19",
         "3": "line 3 is a list, not an object",
-        "4": "line 4 is no JSON: Expecting value: column 11",
+        "4": "line 4 is not JSON: Expecting value, column 11",
         "nothing": "neither a 'prompt' nor 'messages'; its keys are id",
         "mistyped": "neither a 'prompt' nor 'messages'; it has 'promt': did you mean 'prompt'?",
         "other": "neither a 'prompt' nor 'messages'; its keys are id, question; write what",
@@ -172,11 +172,43 @@ def test_a_bad_row_says_why_and_spoils_no_other(
         "tags": "do not number 0 images",
         "end": "nothing that asks for an answer",
         "long": "prompt is too long",
-        "26": "line 26 is no JSON that can be read: an object has the key 'prompt' twice",
+        "26": "line 26 is not JSON that can be read: an object has the key 'prompt' twice",
     }
     assert list(found) == ["good", *reasons, "good too"]
     for name, reason in reasons.items():
         assert set(found[name]) == {"id", "error"} and reason in found[name]["error"]
+
+
+def test_odd_characters_part_no_row_and_come_back_as_they_were(
+    asker: Asker, tmp_path: Path
+) -> None:
+    names = ["a\u2028b", "a\u0085b", "a\u2029b", "half \ud800", "nul \0", "line\nfeed"]
+    lines = [json.dumps({"id": name, "prompt": "Hi"}).encode() for name in names]
+    lines[0] = json.dumps({"id": names[0], "prompt": "Hi"}, ensure_ascii=False).encode()
+    lines[1] = b'{"id": "a\\u0085b",\r"prompt": "Hi"}'  # white space of JSON
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    assert answer_file(asker, source, out, read_messages) == len(names)
+    found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [row["id"] for row in found] == names
+    assert len({row["prediction"] for row in found}) == 1
+
+
+def test_what_cannot_be_read_or_written_down_again_has_its_reason(
+    asker: Asker, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(
+        b'{"id": "latin", "prompt": "caf\xe9"}\n{"id": NaN, "prompt": "Hi"}\n'
+        b'{"id": [1e999], "prompt": "Hi"}\n{"id": 7, "prompt": "Hi"}\n'
+    )
+    with pytest.raises(SampleError, match="2 of 4 rows"):
+        answer_file(asker, source, out, read_messages)
+    found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [row["id"] for row in found] == ["1", "2", "3", 7]
+    assert found[0]["error"] == "line 1 is not UTF-8: byte 31"
+    assert "prediction" in found[1], "an id that is not a number is none"
+    assert found[2]["error"].startswith("'id' cannot be written as JSON: Out of range float")
 
 
 def test_files_that_cannot_be_used_are_refused(

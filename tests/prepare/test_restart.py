@@ -18,8 +18,8 @@ from PIL import Image
 from phi3v.config import DatasetConfig
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError
+from phi3v.locks import locked
 from phi3v.prepare import Part, dataset, merge, prepare, prepare_part
-from phi3v.prepare.lock import locked
 from tests.commands import LAUNCH, run, start
 from tests.tiny import recipe, turn, write_jsonl, write_picture
 

@@ -198,6 +198,22 @@ def test_lines_that_are_no_rows_are_faults_in_their_place(tmp_path: Path) -> Non
     assert rows[4].values == {"a": "10\n11", "b": "12"}
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_what_other_programs_take_for_a_lines_end_parts_no_row(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {"id": f"r{k}", "text": f"a{end}b"} for k, end in enumerate("\u2028\u2029\u0085\x0c\x1e")
+    ]
+    path = tmp_path / f"rows{suffix}"
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if suffix == ".jsonl":
+        path.write_text("\n".join(texts), encoding="utf-8")
+    elif suffix == ".json":
+        path.write_text(f"[{', '.join(texts)}]", encoding="utf-8")
+    else:
+        write_csv(path, rows)
+    assert [row.values for row in read_rows(path)] == rows
+
+
 def test_lines_of_jsonl_that_are_no_rows_are_faults_in_their_place(tmp_path: Path) -> None:
     lines = [
         b'\xef\xbb\xbf{"a": 1}',

@@ -9,7 +9,7 @@ from typing import Any
 
 from phi3v.config import RunConfig, build_recipe, default_deepspeed, load_deepspeed
 from phi3v.data.packing import PlannedStep, Position
-from phi3v.files import append_json
+from phi3v.lines import append_line
 from phi3v.replay.steps import counts
 from phi3v.training.opening import Run, describe_data, open_run
 from phi3v.training.ranks import Ranks
@@ -48,7 +48,7 @@ def write_run(
         line: dict[str, Any] = {"step": number, "loss": 3.0 - number / 10, "grad_norm": 1.5}
         if has_places:
             line |= {"at": asdict(step.at), "ranks": RANKS.world_size}
-        append_json(run.folder.path / "metrics.jsonl", line | counts(run.dataset, step.packs))
+        append_line(run.folder.path / "metrics.jsonl", line | counts(run.dataset, step.packs))
     if left_out:
         run.folder.faults.add_rollback(0, left_out)
     return taken

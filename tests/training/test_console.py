@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
+from phi3v.output import say
 from phi3v.training import console
-from phi3v.training.console import Console, describe, describe_evaluation, say
+from phi3v.training.console import Console, describe, describe_evaluation
 from phi3v.training.ranks import _set_defaults
 
 Clock = Callable[[float], None]

@@ -306,7 +306,7 @@ def test_ctrl_c_ends_a_command_with_130_and_defects_keep_their_traceback() -> No
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Signal handlers are as they were afterwards, and nobody has spoken before."""
     monkeypatch.setattr("phi3v.training.ranks._speaking", threading.Lock())
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -323,7 +323,7 @@ def test_a_stopped_run_ends_with_75_whatever_signal_follows_and_one_rank_says_so
         run_command(mock.Mock(side_effect=Stopped("saved, go on")))
     assert ending.value.code == 75
     assert capsys.readouterr().err == said
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         assert signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -342,6 +342,29 @@ def test_a_disk_that_cannot_be_written_to_is_one_line_and_code_2(
     assert "the last checkpoint and all finished files are intact" in line
     with pytest.raises(FileNotFoundError):
         run_command(lambda: print(Path("no-such-file").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EIO, "look after the disk or the server that it is on, then start the same"),
+        (errno.ESTALE, "look after the disk or the server that it is on, then start the same"),
+        (errno.EMFILE, "raise the limit of open files (ulimit -n), then start the same"),
+        (errno.EISDIR, "something of another kind has the name of a file or folder of this"),
+        (errno.ENOTDIR, "something of another kind has the name of a file or folder of this"),
+    ],
+)
+@pytest.mark.usefixtures("handlers")
+def test_what_is_the_machines_is_one_line_with_advice_that_fits(
+    number: int, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = OSError(number, os.strerror(number), "runs/a/data.json")
+    with pytest.raises(SystemExit) as ending:
+        run_command(mock.Mock(side_effect=error))
+    assert ending.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert f"Error: runs/a/data.json: {os.strerror(number)}; {advice}" in line
 
 
 FAILING = """

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from phi3v.errors import ConfigError
 from phi3v.training.stopping import SIGNALS, StopRequests
 
 
@@ -73,6 +74,25 @@ def test_the_stop_file_is_heard_and_can_be_cleared(requests: StopRequests, tmp_p
     requests.clear_file()
 
 
+def test_a_folder_in_the_place_of_the_stop_file_asks_as_well(
+    requests: StopRequests, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mkdir for touch. What cannot be removed would stop every start: it is refused at the next."""
+    (tmp_path / "stop").mkdir()
+    requests.watch(tmp_path, None)
+    assert requests.reason() == f"the file {tmp_path}/stop"
+    requests.clear_file()
+    assert requests.reason() is None and not (tmp_path / "stop").exists()
+    (tmp_path / "stop" / "notes").mkdir(parents=True)
+    requests.clear_file()
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/stop could not be removed (Directory not empty); do so, or the next start "
+        "stops at once\n"
+    )
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/stop is a folder with something in it"):
+        requests.watch(tmp_path, None)
+
+
 def test_the_time_budget_counts_from_the_start_of_the_process(
     requests: StopRequests, tmp_path: Path
 ) -> None:
@@ -98,6 +118,20 @@ def test_a_forked_child_and_a_started_program_can_still_be_ended(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
     assert program.wait() == -number
     assert requests.reason() is None
+
+
+def test_who_was_started_to_outlive_the_terminal_does_not_hear_it_close(tmp_path: Path) -> None:
+    """As `nohup` starts a command: SIGHUP stays ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        requests = StopRequests()
+        requests.listen()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert requests.reason() is None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 LISTEN = """

@@ -14,7 +14,7 @@ import pytest
 
 from phi3v.config import RunConfig, build_recipe
 from phi3v.errors import ConfigError
-from phi3v.files import append_json, read_lines
+from phi3v.lines import append_line, read_lines
 from phi3v.training.tracking import Tracker, check_sinks, open_tracker
 from phi3v.training.tracking.jsonl import JsonSink
 from phi3v.training.tracking.wandb import names
@@ -199,7 +199,7 @@ def test_the_documented_lines_read_the_metrics_and_the_documented_keys_exist(
     monkeypatch.chdir(tmp_path)
     norms = {"loss": 1.5, "grad_norm": 2.0, "grad_norms": {"vision": 0.75}, "tokens_per_second": 9}
     Path("runs/products").mkdir(parents=True)
-    append_json(Path("runs/products/metrics.jsonl"), {"step": 7, **norms})
+    append_line(Path("runs/products/metrics.jsonl"), {"step": 7, **norms})
     exec(documented("python"), {})
     assert capsys.readouterr().out.split()[-5:] == ["7", "1.5", "2.0", "0.75", "9"]
     overrides = re.findall(r"'?((?:wandb|tracking)\.\w+=(?:\[.*?\]|\w+))", documented("bash"))

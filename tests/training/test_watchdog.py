@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from signal import SIGINT, SIGUSR1
+from signal import SIGHUP, SIGINT, SIGUSR1
 
 import psutil
 import pytest
@@ -194,6 +194,19 @@ def test_ctrl_c_leaves_the_ranks_the_time_to_save(
     os.killpg(run.front.pid, SIGINT)  # as a terminal does
     said = run.end()
     assert said.count("Ctrl-C: the run ends after this step, saved; again: at once") == 1
+    assert said.count("stopped by a test and saved\n") == 1
+    assert "is gone" not in said and "rank 1" not in said
+
+
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+def test_a_terminal_that_is_closed_leaves_the_ranks_the_time_to_save(
+    family: Callable[..., Family], launcher: Callable[..., list[object]]
+) -> None:
+    """Both launchers of deepspeed end at once; torchrun passes the signal on."""
+    run = family(launcher, "slow")
+    run.wait_for("step-0", "step-1")
+    os.killpg(run.front.pid, SIGHUP)  # as a terminal does
+    said = run.end()
     assert said.count("stopped by a test and saved\n") == 1
     assert "is gone" not in said and "rank 1" not in said
 

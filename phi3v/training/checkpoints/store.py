@@ -24,7 +24,6 @@ import math
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -33,7 +32,7 @@ from typing import Any
 
 from phi3v.errors import CheckpointError
 from phi3v.files import sha256, sync, sync_tree, write_json, write_text
-from phi3v.printing import print
+from phi3v.output import say
 from phi3v.reading import is_of_machine, machine_error, retried
 
 LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"
@@ -115,7 +114,7 @@ def find_step(folder: Path, step: int | None) -> str:
         damage = find_damage(folder / name, ())
         if damage is None:
             for passed in damages:
-                print(f"{folder}: passed over {passed}", file=sys.stderr)
+                say(f"{folder}: passed over {passed}")
             return name
         damages.append(f"{name}, damaged: {damage}")
     raise CheckpointError(
@@ -400,7 +399,9 @@ def _point_latest(folder: Path) -> None:
 
 
 def _point(pointer: Path, step: int | None) -> None:
-    if step is None:
+    if _is_folder(pointer):
+        say(f"{pointer} is a folder, where a file names a checkpoint; move it away to have that")
+    elif step is None:
         pointer.unlink(missing_ok=True)
     elif read_pointer(pointer.parent, pointer.name) != step_name(step):
         write_text(pointer, step_name(step))

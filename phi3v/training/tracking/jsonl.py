@@ -6,13 +6,12 @@ Events: config, scalars, histogram (counts and edges), table (columns and rows; 
 the report), artifact. A record is there once: a restart cuts off what it is about to repeat.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3v.files import append_json, read_lines, write_text
+from phi3v.lines import append_line, read_lines, write_lines
 from phi3v.training.tracking.sinks import Artifact, Histogram, Table
 
 EVENTS = "events.jsonl"
@@ -50,9 +49,8 @@ class JsonSink:
     def forget_after(self, step: int) -> None:
         events = read_lines(self._path)
         kept = [event for event in events if event["step"] <= step]
-        size = self._path.stat().st_size
-        if len(kept) < len(events) or size and self._path.read_bytes()[-1:] != b"\n":
-            write_text(self._path, "".join(_line(event) for event in kept))
+        if len(kept) < len(events):
+            write_lines(self._path, kept)
         self.last.clear()
         for event in kept:
             if event["event"] == "config":
@@ -67,8 +65,4 @@ class JsonSink:
         """Nothing is held."""
 
     def _add(self, event: str, step: int, **values: Any) -> None:
-        append_json(self._path, {"event": event, "step": step, **values})
-
-
-def _line(event: Any) -> str:
-    return json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n"
+        append_line(self._path, {"event": event, "step": step, **values})

@@ -9,7 +9,7 @@ from queue import Empty, Queue
 from typing import Any
 
 from phi3v.evaluation.report import Example
-from phi3v.training.console import say
+from phi3v.output import say
 from phi3v.training.tracking.sinks import (
     EVALUATION,
     EXAMPLES,

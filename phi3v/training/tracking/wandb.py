@@ -21,7 +21,7 @@ import psutil
 from phi3v.config.running import WandbSection
 from phi3v.errors import ConfigError
 from phi3v.files import write_json, write_text
-from phi3v.training.console import say
+from phi3v.output import say
 from phi3v.training.tracking.sinks import PICTURE, Artifact, Histogram, Table
 
 FOLDER = "wandb"
