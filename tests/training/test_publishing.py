@@ -102,6 +102,17 @@ def test_latest_names_the_newest_and_not_an_older_one_saved_after_it(tmp_path: P
     assert (tmp_path / "latest").read_text() == "step-00000015"
 
 
+def test_a_folder_named_latest_is_said_and_hinders_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latest").mkdir()
+    save(tmp_path, 10)
+    assert find_damage(tmp_path / "step-00000010") is None
+    assert f"{tmp_path / 'latest'} is a folder, where a file names a checkpoint; move it away" in (
+        capsys.readouterr().err
+    )
+
+
 def before_publishing(folder: Path, is_republished: bool) -> None:
     """Checkpoints of steps 1 and 2, and one of step 2 (again) or 3 about to be published."""
     save(folder, 1, 2, content="old")
