@@ -9,7 +9,7 @@ first; else the one file that it may mean.
 
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -59,15 +59,20 @@ def read_image(root: Path, text: str, reach: Reach, max_bytes: int) -> bytes | N
     return None if path is None else reach.read(path, shortened(text), max_bytes)
 
 
-def missing_image(root: Path, text: str, reach: Reach) -> SampleError:
-    """Why a path is none of a picture: it is a folder, or nothing is there, but this is near."""
+def missing_image(
+    root: Path, text: str, reach: Reach, show: Callable[[str], str] = str
+) -> SampleError:
+    """Why a path is none of a picture: it is a folder, or nothing is there, but this is near.
+
+    show  a reference as it may be shown: it may be an address with a password that is no address
+    """
     place = root / shortened(text)
     if text and kind_at(place) == FOLDER:
         return SampleError(f"image does not exist: {place}, which is a folder")
     may_look = len(text) < LONG and reach.holds(os.path.realpath(place.parent))
     close = nearby(place) if may_look else None
     there = f"; there is {close}" if close else ""
-    return SampleError(f"image does not exist: {place}{there}")
+    return SampleError(f"image does not exist: {root / shortened(show(text))}{there}")
 
 
 def shortened(text: str) -> str:

@@ -100,7 +100,7 @@ class ImageLoader:
             return data
         data = _base64(text)
         if data is None or not has_image_signature(data):
-            raise missing_image(self.root, text, self.reach)
+            raise missing_image(self.root, text, self.reach, shown_reference)
         return data
 
     def _fetched(self, url: str) -> bytes:

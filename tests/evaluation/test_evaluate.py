@@ -142,7 +142,7 @@ def test_a_rank_may_have_only_text_or_nothing_at_all(
 
 
 def test_a_rank_that_is_told_to_stop_ends_the_evaluation_of_all(
-    generator: Generator, tiny_shards: Path, evaluation: Evaluation
+    generator: Generator, tiny_shards: Path
 ) -> None:
     """At its next batch; the others hear of it where they would have gathered."""
     batches: list[int] = []
@@ -162,9 +162,8 @@ def test_a_rank_that_is_told_to_stop_ends_the_evaluation_of_all(
     with pytest.raises(Interrupted):
         evaluate(stopped, [str(tiny_shards)], SETTINGS, 0, 2, gather)
     assert shares == [None] and len(batches) == 2
-    share = (evaluation.outcomes, np.array([1.0, 1.0]))
     with pytest.raises(Interrupted):
-        evaluate(generator, [str(tiny_shards)], SETTINGS, 1, 2, lambda _: [None, share])
+        evaluate(generator, [str(tiny_shards)], SETTINGS, 1, 2, lambda share: [None, share])
 
 
 def test_rows_are_spread_over_the_split(evaluation: Evaluation, held_out: Dataset) -> None:

@@ -21,6 +21,8 @@ from phi3v.training.stopping import SIGNALS, StopRequests
 def requests() -> Iterator[StopRequests]:
     """Requests that listen; pytest's own handlers are back afterwards."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:  # under nohup, SIGHUP would stay ignored
+        signal.signal(number, signal.SIG_DFL)
     requests = StopRequests()
     requests.listen()
     yield requests
