@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_a_run_of_one_pack_has_it_in_every_place(
 def test_looking_needs_no_lock_and_leaves_the_folder_as_it_is(run: Run) -> None:
     """A run that trains holds the lock, and may be in the middle of a line."""
     write_run(run)
-    with run.folder.lock():
+    with closing(run.folder.lock()):
         with (run.folder.path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 10, "lo')
         before = {path: path.read_bytes() for path in run.folder.path.iterdir()}
