@@ -25,6 +25,8 @@ LONGEST = (
     *("distributed/test_shares.py", "test_demo.py", "slurm/test_train.py"),
     *("cuda/test_passes.py", "distributed/test_disks.py"),
     *("distributed/test_soak.py", "distributed/test_loading.py", "distributed/test_faults.py"),
+    *("training/test_watchdog.py", "training/test_extensions.py", "distributed/test_stop_if.py"),
+    "export/test_pictures.py",
 )
 
 
