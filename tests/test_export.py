@@ -184,9 +184,8 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(exported: Path, tmp_pa
     arguments = (exported, "--prompt", "What?", "--image", "notes.txt")
     done = command("generate.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert last_line(done, "ConfigError").startswith(
-        "ConfigError: --image notes.txt is no picture that can be read ("
-    )
+    said = "--image: image cannot be read: notes.txt, cannot identify image file, it is a text"
+    assert last_line(done, "ConfigError") == f"ConfigError: {said}; name another"
 
 
 def test_private_without_push_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
