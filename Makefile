@@ -32,7 +32,7 @@ check: setup
 soak: setup
 	PHI3V_KILLS=200 $(BIN)/python -m pytest -s tests/distributed/test_kills.py
 
-# Known faults, one at a time in a copy of the code: the fast tests must notice each; eight minutes.
+# Known faults, one at a time in a copy of the code: the fast tests must notice each; ten minutes.
 mutants: setup
 	$(BIN)/python -m tests.mutants.mutate
 
