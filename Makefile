@@ -35,7 +35,7 @@ soak: setup
 	PHI3V_KILLS=200 PHI3V_HAZARDS=100 $(BIN)/python -m pytest -s \
 	    tests/distributed/test_kills.py tests/distributed/test_soak.py
 
-# Known faults, one at a time in a copy of the code: the fast tests must notice each; eight minutes.
+# Known faults, one at a time in a copy of the code: the fast tests must notice each; ten minutes.
 mutants: setup
 	$(BIN)/python -m tests.mutants.mutate
 

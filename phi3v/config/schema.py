@@ -94,6 +94,11 @@ class ModelSection:
         distinct(model__freeze=self.freeze)
 
     @property
+    def trained(self) -> list[Module]:
+        """Modules that are not frozen, in the order of MODULES."""
+        return [module for module in MODULES if module not in self.freeze]
+
+    @property
     def tower_checkpointing(self) -> Checkpointing:
         """What of the vision tower's layers is computed again."""
         return self.vision_checkpointing or self.checkpointing

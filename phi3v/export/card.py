@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from phi3v.evaluation.metrics import describe
-from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
+from phi3v.evaluation.metrics.names import BLIND, CONSTANT, CONTROL_TITLES, controls
 from phi3v.evaluation.report.words import interval_fault, loss_value, metric_value, rows_of
 from phi3v.export.metadata import front_matter, license_of_base
 from phi3v.export.records import RECIPE, DatasetRecord, Records, read_records
@@ -159,7 +159,7 @@ def _scores(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     of_others = controls(metrics)
     shown = {
         prefix: title
-        for prefix, title in ((BLIND, "blind control"), (CONSTANT, "constant answer"))
+        for prefix, title in CONTROL_TITLES.items()
         if any(name.startswith(prefix) for name in of_others)
     }
     heads = ("metric", "value [95 % interval]", *shown.values(), "rows", "what it is")

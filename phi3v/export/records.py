@@ -101,11 +101,11 @@ class Records:
 
     @property
     def trained(self) -> list[Module]:
-        return [module for module in MODULES if module not in self.cfg.model.freeze]
+        return self.cfg.model.trained
 
     @property
     def frozen(self) -> list[Module]:
-        return [module for module in MODULES if module in self.cfg.model.freeze]
+        return [module for module in MODULES if module not in self.trained]
 
     def datasets(self) -> list[DatasetRecord]:
         """Those of the mixture, in its order."""
@@ -148,7 +148,7 @@ class Records:
 def read_records(run: Path, manifest: Mapping[str, Any]) -> Records:
     """Read what a run's files say of the checkpoint with this manifest.
 
-    Raises: ConfigError if it is no run folder.
+    Raises: ConfigError if it is not a run folder.
     """
     folder, step, cfg = RunFolder(run), manifest["step"], read_run(run)
     evaluations = [entry for entry in folder.read_evaluations() if entry["step"] == step]

@@ -85,8 +85,8 @@ def _without_told(source: Any) -> Any:
     """
     if isinstance(source, list):
         return [_without_told(section) for section in source]
-    kept = {key: v for key, v in source.items() if key not in LATER or v is not None}
-    return {key: v for key, v in kept.items() if key not in TOLD}
+    left_out = {*TOLD, *(key for key in LATER if source.get(key) is None)}
+    return {key: value for key, value in source.items() if key not in left_out}
 
 
 class _Digests:

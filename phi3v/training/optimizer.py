@@ -108,5 +108,4 @@ def lr_factor(step: int, total_steps: int, cfg: RunConfig) -> float:
 def learning_rates(step: int, total_steps: int, cfg: RunConfig) -> dict[Module, float]:
     """The learning rate of every trained module at a step; of the tower, that of its top layer."""
     factor = lr_factor(step, total_steps, cfg)
-    trained = [module for module in MODULES if module not in cfg.model.freeze]
-    return {module: cfg.optim.peak_lr(module) * factor for module in trained}
+    return {module: cfg.optim.peak_lr(module) * factor for module in cfg.model.trained}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3v.config import MODULES, RunConfig
+from phi3v.config import RunConfig
 from phi3v.errors import CheckpointError, Diverged
 from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.report import Report, Saved, write_report
@@ -226,8 +226,7 @@ def facts(folder: RunFolder, cfg: RunConfig) -> dict[str, str]:
     )
     parts = cfg.data.parts
     is_bf16 = (ds.get("bf16") or {}).get("enabled", False)
-    trained = [module for module in MODULES if module not in cfg.model.freeze]
-    rates = ", ".join(f"{module} {cfg.optim.peak_lr(module):g}" for module in trained)
+    rates = ", ".join(f"{module} {cfg.optim.peak_lr(module):g}" for module in cfg.model.trained)
     only = ", of which the first pack alone is trained on" if cfg.debug.overfit_one_pack else ""
     shards = ", ".join(p.path if p.weight == 1 else f"{p.path} x {p.weight:g}" for p in parts)
     return {

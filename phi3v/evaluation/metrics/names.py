@@ -18,6 +18,7 @@ BLIND = "blind_"
 """Before a metric's name: its score where each row is shown another row's pictures."""
 CONSTANT = "constant_"
 """Before a metric's name: its score if every row is given training's most frequent answer."""
+CONTROL_TITLES = {BLIND: "blind control", CONSTANT: "constant answer"}
 
 
 @dataclass(frozen=True)

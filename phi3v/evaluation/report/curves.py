@@ -6,7 +6,7 @@ from typing import Any
 
 from phi3v.evaluation.charts import Curve, Points, line_chart
 from phi3v.evaluation.metrics import is_lower_better, is_rate
-from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
+from phi3v.evaluation.metrics.names import CONTROL_TITLES, controls
 from phi3v.evaluation.report.words import rows_of
 
 Step = Mapping[str, Any]
@@ -53,7 +53,7 @@ def evaluation_section(evaluations: Sequence[Mapping[str, Any]]) -> str:
     charts = [line_chart(f"{what.capitalize()} loss (lower is better)", [loss])]
     for name in (name for name in names if name not in of_others):
         lines = [_metric_curve(evaluations, name, what)]
-        for prefix, label in ((BLIND, "blind control"), (CONSTANT, "constant answer")):
+        for prefix, label in CONTROL_TITLES.items():
             if prefix + name in of_others:
                 lines.append(_metric_curve(evaluations, prefix + name, label))
         direction = "lower" if is_lower_better(name) else "higher"

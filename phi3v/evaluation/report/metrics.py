@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from phi3v.evaluation.metrics import describe
-from phi3v.evaluation.metrics.names import BLIND, CONSTANT, controls
+from phi3v.evaluation.metrics.names import BLIND, CONSTANT, CONTROL_TITLES, controls
 from phi3v.evaluation.report.words import interval_fault, metric_value, rows_of
 
 BLIND_TEXT = (
@@ -19,7 +19,7 @@ CONSTANT_TEXT = (
 )
 
 
-CONTROLS = ((BLIND, "blind control", BLIND_TEXT), (CONSTANT, "constant answer", CONSTANT_TEXT))
+CONTROL_TEXTS = {BLIND: BLIND_TEXT, CONSTANT: CONSTANT_TEXT}
 
 
 def metrics_section(
@@ -32,14 +32,12 @@ def metrics_section(
     if not metrics:
         return ""
     of_others, what = controls(metrics), rows_of(evaluations[-1:])
-    measured = [c for c in CONTROLS if any(name.startswith(c[0]) for name in of_others)]
-    rows = "".join(
-        _row(name, metrics, what, [prefix for prefix, _, _ in measured])
-        for name in metrics
-        if name not in of_others
-    )
-    heads = "".join(f"<th>{title}</th>" for _, title, _ in measured)
-    note = escape(" ".join(text for _, _, text in measured))
+    measured = [
+        prefix for prefix in CONTROL_TITLES if any(name.startswith(prefix) for name in of_others)
+    ]
+    rows = "".join(_row(name, metrics, what, measured) for name in metrics if name not in of_others)
+    heads = "".join(f"<th>{CONTROL_TITLES[prefix]}</th>" for prefix in measured)
+    note = escape(" ".join(CONTROL_TEXTS[prefix] for prefix in measured))
     below = f'<p class="note">{note}</p>' if note else ""
     return (
         f'<section id="metrics"><h2>{what.capitalize()} metrics</h2>'
