@@ -7,8 +7,8 @@ has Python, numpy and Pillow in it and no torch (0.3 s, 40 MB), and what it take
 the system: of memory MOST_BYTES (RLIMIT_AS), of processor time what the caller grants for this one
 piece of work (ITIMER_PROF, which counts the time that it runs, not the time that passes: a busy
 machine changes nothing). A decoder that is caught by the clock ends with its process, and the next
-piece of work starts another; so it does where memory stays behind. What a piece of work is allowed
-does not depend on those before it.
+piece of work starts another. What a piece of work is allowed does not depend on those before it:
+one that fails after another has left memory behind is done once more, in a new process.
 """
 
 import atexit
@@ -33,8 +33,8 @@ Result = TypeVar("Result")
 MOST_BYTES = 900_000_000
 """Of memory for one piece of work, beyond what the process has when it starts."""
 
-LEFT_BYTES = 1 << 27
-"""Of memory that may stay behind: a decoder that fails may not give back what it took."""
+LEFT_BYTES = 1 << 23
+"""Of memory that stays behind and makes no difference, 1 % of what a piece of work may take."""
 
 PACKAGE = Path(__file__).parents[1]
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
@@ -69,6 +69,7 @@ class _Server:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
+        self.left = 0  # bytes of memory that those before have left behind
         self.way, other = socket.socketpair()
         packages = [("phi3v", str(PACKAGE)), ("phi3v.processing", str(PACKAGE / "processing"))]
         code = START.format(path=sys.path, packages=packages, handle=other.fileno())
@@ -88,7 +89,8 @@ class _Server:
         """
         _send(self.way, request)
         _send_block(self.way, data)
-        return _receive(self.way)
+        answer, self.left = _receive(self.way)
+        return answer
 
     def end(self) -> int:
         """Wait for its end, which it comes to when nobody can ask any more; its exit code."""
@@ -112,18 +114,27 @@ def bounded(
     crashes; Phi3VError where the process is killed by somebody else.
     """
     with _lock:
-        server = _ready()
-        try:
-            answer, is_swollen = server.answer(data, (function, arguments, seconds))
-        except (EOFError, OSError):
-            code = _stop()
-            raise _reason(code, seconds) from None
-        if is_swollen:
-            _stop()
-    if isinstance(answer, MemoryError):
-        raise Overspent(f"takes more than {MOST_BYTES // 10**6} MB of memory")
+        answer = _answer(function, data, arguments, seconds)
     if isinstance(answer, Exception):
         raise answer
+    return answer
+
+
+def _answer(
+    function: Callable[..., Result], data: bytes, arguments: tuple[Any, ...], seconds: float
+) -> Result | Exception:
+    """What the other process answers, or the error that it ended with."""
+    server = _ready()
+    was_narrow = server.left > LEFT_BYTES
+    try:
+        answer = server.answer(data, (function, arguments, seconds))
+    except (EOFError, OSError):
+        answer = _reason(_stop(), seconds)
+    if was_narrow and isinstance(answer, Exception):
+        _stop()
+        return _answer(function, data, arguments, seconds)
+    if isinstance(answer, MemoryError):
+        return Overspent(f"takes more than {MOST_BYTES // 10**6} MB of memory")
     return answer
 
 
@@ -165,13 +176,13 @@ def serve(handle: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends at Ctrl-C, and this with it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)  # libtiff tells it of every damaged tag
-    most = _size() + LEFT_BYTES
+    start = _size()
+    _allow(start + MOST_BYTES)
     with socket.socket(fileno=handle) as way:
         try:
             while True:
-                _allow(MOST_BYTES)
                 answer = _worked(way)
-                _send(way, (answer, _size() > most))
+                _send(way, (answer, _size() - start))
         except EOFError:
             return
 
@@ -196,10 +207,9 @@ def _worked(way: socket.socket) -> Any:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _allow(more: int) -> None:
-    """Let this process take so many bytes beyond what it has."""
+def _allow(soft: int) -> None:
+    """Let this process take so many bytes of address space."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    soft = _size() + more
     soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
