@@ -13,6 +13,7 @@ PICTURES = re.compile(
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|P[1-7f]\s",
     re.DOTALL,
 )
+WEB_PAGE = (b"<!doctype html", b"<html")
 LFS = b"version https://git-lfs"
 OTHERS = {
     b"%PDF": "a PDF",
@@ -56,8 +57,7 @@ def disguise_of(head: bytes) -> str | None:
     """The same, of the first bytes of a file."""
     if head.startswith(LFS):
         return "a pointer of git-lfs, not the file itself; bring the files by `git lfs pull`"
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html")):
+    if _is_web_page(head):
         return "a web page, not the file itself; download it again, signed in where it asks"
     return None
 
@@ -69,7 +69,20 @@ def content_kind(head: bytes) -> str:
     for signature, kind in OTHERS.items():
         if head.startswith(signature):
             return kind
+    if _is_web_page(head):
+        return "a web page"
     return "a text" if _is_text(head) else "of no format that is known"
+
+
+def unquoted(error: Exception) -> str:
+    """What a library says, without the bytes and numbers that it may quote, after a bracket or a
+    colon or as a whole: "broken PNG file (chunk b'hf_S')".
+    """
+    return re.split(r"[(:]|b['\"]", str(error))[0].strip() or type(error).__name__
+
+
+def _is_web_page(head: bytes) -> bool:
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGE)
 
 
 def _is_text(head: bytes) -> bool:

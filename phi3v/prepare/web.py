@@ -28,7 +28,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import httpcore
 
 from phi3v.config.dataset import FetchSection
-from phi3v.content import has_image_signature
+from phi3v.content import HEAD, content_kind, has_image_signature, unquoted
 from phi3v.errors import SampleError
 from phi3v.prepare.hosts import Hosts
 from phi3v.prepare.network import Network, Refused, is_public
@@ -238,10 +238,9 @@ class Client:
             if len(body) > limit:
                 raise SampleError(too_many)
         if not has_image_signature(body):
-            raise SampleError(
-                f"image URL gave no image: {shown}, {len(body):,} bytes of "
-                f"{_content_type(response)} that start with {bytes(body[:16])!r}"
-            )
+            what = f"{len(body):,} bytes of {_content_type(response)}"
+            kind = f", which are {content_kind(bytes(body[:HEAD]))}" if body else ""
+            raise SampleError(f"image URL gave no image: {shown}, {what}{kind}")
         return bytes(body)
 
 
@@ -261,7 +260,7 @@ def _explained(shown: str, timeout: float) -> Iterator[None]:
     except httpcore.TimeoutException as error:
         raise _Again(f"image URL took too long: {shown}, more than {timeout:g} s") from error
     except (httpcore.NetworkError, httpcore.RemoteProtocolError) as error:
-        raise _Again(f"image URL gave no whole answer: {shown}, {error}") from error
+        raise _Again(f"image URL gave no whole answer: {shown}, {unquoted(error)}") from error
     except _Invalid as error:
         raise SampleError(f"image URL is not valid: {shown}, {error}") from None
     except httpcore.LocalProtocolError:  # whose text may quote the header with the password

@@ -28,7 +28,7 @@ from PIL import TiffImagePlugin as _Tiff  # noqa: F401
 from PIL import WebPImagePlugin as _WebP  # noqa: F401
 
 from phi3v.config.dataset import ImagesSection
-from phi3v.content import HEAD, content_kind
+from phi3v.content import HEAD, content_kind, unquoted
 from phi3v.errors import Phi3VError, SampleError
 from phi3v.processing.bounded import Overspent, bounded
 from phi3v.processing.canvas import hd_canvas
@@ -264,14 +264,7 @@ def reading(name: str, data: bytes = b"") -> Iterator[None]:
         except Exception as error:  # seen: OSError, SyntaxError, ValueError, RuntimeError, KeyError
             if NO_MEMORY.search(str(error)):
                 raise MemoryError from error
-            raise SampleError(f"image cannot be read: {name}, {_told(error)}") from error
-
-
-def _told(error: Exception) -> str:
-    """What Pillow says, without the bytes and numbers of the file that it may quote, behind a
-    bracket or a colon or as a whole: "broken PNG file (chunk b'hf_S')".
-    """
-    return re.split(r"[(:]|b['\"]", str(error))[0].strip() or type(error).__name__
+            raise SampleError(f"image cannot be read: {name}, {unquoted(error)}") from error
 
 
 @contextmanager
