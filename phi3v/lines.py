@@ -16,14 +16,19 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from phi3v.errors import CheckpointError, Phi3VError
 from phi3v.files import naming, replacing
 from phi3v.output import say
 
 BLOCK = 1 << 16  # bytes of a file's end that are looked at before an append
+ROW_BYTES = 1 << 27
+"""Of one row of any file, at most: whoever writes one may have 100 pictures in it."""
+MOST_VALUES = 4_000_000
+"""Of one row of JSON: `[],` has three bytes, and takes 64 as an object."""
 ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}  # for str.splitlines
 Parse = Callable[[str], Any]
 
@@ -42,6 +47,8 @@ def parse_line(line: bytes, parse: Parse = json.loads) -> dict[str, Any]:
 
     Raises: ValueError saying why it is none.
     """
+    if fault := size_fault(line):
+        raise ValueError(fault)
     try:
         value = parse(line.rstrip().decode())
     except UnicodeDecodeError as error:
@@ -94,9 +101,34 @@ def read_lines(path: Path, error: type[Phi3VError] = CheckpointError) -> list[di
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that hold something, with their numbers from 1, one held at a time."""
+    """The lines of a file that hold something, with their numbers from 1, one held at a time.
+
+    Each as `next_line` gives it.
+    """
     with path.open("rb") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        lines = enumerate(iter(partial(next_line, file), b""), 1)
+        yield from ((number, line) for number, line in lines if line.strip())
+
+
+def next_line(file: BinaryIO) -> bytes:
+    """The next line of a file, b"" after the last; of a longer one the first ROW_BYTES + 1 bytes.
+
+    A file of no size on the disk can be one line of 40 GB.
+    """
+    line = rest = file.readline(ROW_BYTES + 1)
+    while len(line) > ROW_BYTES and rest and not rest.endswith(b"\n"):
+        rest = file.readline(BLOCK)
+    return line
+
+
+def size_fault(line: bytes) -> str | None:
+    """Why a line is not parsed: it would take a multiple of ROW_BYTES of memory."""
+    most = ROW_BYTES if line.isascii() else ROW_BYTES // 2  # one emoji, and all take 4 bytes
+    if len(line) > most:
+        return f"is too large: more than {most:,} bytes"
+    if len(line) > MOST_VALUES and sum(map(line.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        return f"is too large: more than {MOST_VALUES:,} values"
+    return None
 
 
 def _record(path: Path, number: int, line: bytes, error: type[Phi3VError]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ at once as make about BATCH_BYTES: a file of 3 kB can hold gigabytes, for a valu
 once stands in as many cells as it likes.
 """
 
+import resource
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +24,15 @@ import pyarrow.parquet as pq
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
+from phi3v.lines import ROW_BYTES
 from phi3v.prepare.projection import Needs, Use, is_list, is_text, needs_of, projected, used
 from phi3v.prepare.rows import Row
 from phi3v.prepare.typed import Typed
 from phi3v.reading import is_of_machine
 
+UNPACKED_BYTES = 1 << 30  # of what a file holds compressed: a page, a batch
 FEW = 64  # rows of a table in memory at once, at most
 BATCH_BYTES = 1 << 26
-ROW_BYTES = 1 << 27  # of one row's values at most
 
 TEXTS = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")  # of Parquet, of any length
 LIST_BYTES = 8  # of an item, at least, when it is plain
@@ -112,9 +114,16 @@ class TableRows:
 
 @contextmanager
 def refusing(name: str, kind: str) -> Iterator[None]:
-    """Say of which source it is that a file cannot be read."""
+    """Say of which source it is that a file cannot be read, or takes more than UNPACKED_BYTES."""
     try:
-        yield
+        with _limited(UNPACKED_BYTES):
+            yield
+    except MemoryError as error:
+        raise ConfigError(
+            f"source.path {name} cannot be read as {kind}: some page or batch of it unpacks to "
+            f"more than {UNPACKED_BYTES // 2**20:,} MiB, or than this machine has left; write it "
+            "again with fewer rows in each"
+        ) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         if is_of_machine(error):
             raise
@@ -122,6 +131,33 @@ def refusing(name: str, kind: str) -> Iterator[None]:
             f"source.path {name} cannot be read as {kind}: {error}; half a download, "
             "perhaps: bring or write it again"
         ) from error
+
+
+@contextmanager
+def _limited(size: int) -> Iterator[None]:
+    """Have the system give this process so many bytes more, at most; a mapped file is none of them.
+
+    A page of 2 GB of one letter has 200 kB in its file, whose own word for its size may be any.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = _data_bytes() + size
+    if any(limit != resource.RLIM_INFINITY and limit <= most for limit in (soft, hard)):
+        yield  # who started this allows less
+        return
+    pool = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own has a gigabyte at hand already
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        pa.set_memory_pool(pool)
+
+
+def _data_bytes() -> int:
+    """Bytes of memory of its own that this process has."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
 
 
 def _few(batch: pa.RecordBatch) -> pa.RecordBatch:

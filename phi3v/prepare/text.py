@@ -1,7 +1,8 @@
 """Rows of text files: CSV, TSV, JSON Lines, and a JSON list.
 
 One pass over the file counts its rows and marks the place of every 256th; any range is then read
-from the mark before it. Neither holds more of the file than a row and a block of it.
+from the mark before it. Neither holds more of the file than a row and a block of it, and a row has
+ROW_BYTES at most.
 """
 
 import codecs
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from phi3v.errors import ConfigError
+from phi3v.lines import MOST_VALUES, ROW_BYTES, next_line, size_fault
 from phi3v.prepare.rows import Row
 from phi3v.processing.keys import unique
 
 DELIMITERS = (",", ";", "\t", "|")  # that a first line may tell
 MARK = 256  # rows from one marked place to the next
 BLOCK = 1 << 20  # bytes of a JSON list read at once
-FIELD_CHARS = 1 << 27  # of a CSV field, which may be a whole image in base64
 LOOKAHEAD = 16  # characters: none of JSON's words and numbers cut by a block's end shows further in
 DEEPEST = 100  # lists and objects in each other
 TOO_DEEP = "is not valid JSON: it is nested too deeply"
@@ -156,13 +157,14 @@ class CsvRecords:
     """The line a record starts on, its fields, or what is wrong with it; empty lines are none."""
 
     def __init__(self, path: Path, place: Place, delimiter: str = ",") -> None:
-        csv.field_size_limit(FIELD_CHARS)
+        csv.field_size_limit(ROW_BYTES)  # a field may be a whole image in base64
         self.path = path
         self.file = path.open(encoding="utf-8-sig", newline="")
         self.file.seek(place[0])
         self.lines = place[1]
-        lines = iter(self.file.readline, "")  # unlike iter(file), this leaves `tell` in working
-        self.reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        self.delimiter = delimiter
+        self.size = 0  # characters of the record
+        self.reader = csv.reader(self._lines(), delimiter=delimiter, strict=True)
 
     def tell(self) -> Place:
         return self.file.tell(), self.lines + self.reader.line_num
@@ -175,6 +177,7 @@ class CsvRecords:
         how many rows they are.
         """
         while True:
+            self.size = 0
             line, fields, fault = self.lines + self.reader.line_num + 1, [], None
             try:
                 fields = next(self.reader)
@@ -189,6 +192,21 @@ class CsvRecords:
                 _refuse_encoding(self.path, error)
             if fields or fault:
                 return line, fields, fault
+
+    def _lines(self) -> Iterator[str]:
+        """Unlike iter(file), this leaves `tell` in working.
+
+        Raises: ConfigError where a record is too large.
+        """
+        while line := self.file.readline(ROW_BYTES + 1):
+            self.size += len(line)
+            if self.size > ROW_BYTES or line.count(self.delimiter) > MOST_VALUES:
+                raise ConfigError(
+                    f"source.path {self.path} cannot be cut into rows: at line "
+                    f"{self.lines + self.reader.line_num + 1:,} one has more than {ROW_BYTES:,} "
+                    f"characters or {MOST_VALUES:,} fields; mend it there"
+                )
+            yield line
 
 
 def _read_header(path: Path, records: CsvRecords) -> Sequence[str]:
@@ -231,7 +249,7 @@ class LineRecords:
 
     def __next__(self) -> tuple[int, bytes]:
         """The number of a line, from 1, and the line."""
-        for text in self.file:
+        while text := next_line(self.file):
             self.lines += 1
             if text.strip():
                 return self.lines, text
@@ -240,6 +258,8 @@ class LineRecords:
 
 def _line_row(number: int, record: tuple[int, bytes], _: Sequence[str]) -> Row:
     line, text = record
+    if fault := size_fault(text):
+        return Row(number, fault=fault, line=line)
     try:
         return _object_row(number, json.loads(text, object_pairs_hook=unique), line)
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
@@ -368,7 +388,10 @@ class ListRecords:
 
     def _read_on(self) -> bool:
         """Read as much again as is held, so that a long value is not parsed too often."""
-        block = self.file.read(max(BLOCK, len(self.text) - self.position))
+        held = len(self.text) - self.position
+        if held > ROW_BYTES or (held > MOST_VALUES and self._num_values() > MOST_VALUES):
+            self._refuse(f"a row has more than {ROW_BYTES:,} characters or {MOST_VALUES:,} values")
+        block = self.file.read(max(BLOCK, held))
         try:
             text = self.decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -377,6 +400,9 @@ class ListRecords:
             self._drop()
             self.text += text
         return bool(block)
+
+    def _num_values(self) -> int:
+        return sum(self.text.count(each, self.position) for each in ",[{")
 
     def _drop(self) -> None:
         passed = self.text[: self.position]

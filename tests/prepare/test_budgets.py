@@ -1,6 +1,9 @@
 """No row takes more than its share: pictures, bytes, text, and the columns that it does not use."""
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,13 @@ import pytest
 from phi3v.config.dataset import SourceSection
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError
-from phi3v.prepare import prepare
+from phi3v.lines import MOST_VALUES, ROW_BYTES
+from phi3v.prepare import prepare, tables
 from phi3v.prepare.images import ImageLoader
 from phi3v.prepare.recipe import resolved_recipe
 from phi3v.prepare.rows import Row
 from phi3v.prepare.sources import open_source
-from phi3v.prepare.tables import BATCH_BYTES, FEW, ROW_BYTES
+from phi3v.prepare.tables import BATCH_BYTES, FEW
 from tests.prepare.bombs import precincts
 from tests.tiny import recipe, turn, write_jsonl, write_picture
 
@@ -197,6 +201,92 @@ def test_a_row_of_too_many_bytes_is_a_fault_that_names_them(tmp_path: Path, name
     assert first.fault is None and not second.values
     assert second.fault is not None and second.fault.startswith("is too large: 135,")
     assert second.fault.endswith(" bytes of values, 134,217,728 at most")
+
+
+BOMB = """
+import sys
+import pyarrow as pa, pyarrow.parquet as pq
+cells = pa.table({"q": ["Q", "x" * 200_000_000], "a": ["A", "A"]})
+if sys.argv[1].endswith("parquet"):
+    pq.write_table(cells, sys.argv[1], compression="zstd", use_dictionary=False)
+else:
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(sys.argv[1], "wb") as file:
+        with pa.ipc.new_file(file, cells.schema, options=options) as writer:
+            writer.write_table(cells)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_what_unpacks_to_gigabytes_is_refused_before_it_is_there(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell of 200 MB of one letter; made elsewhere, so that no memory for it is at hand."""
+    path = tmp_path / name
+    subprocess.run([sys.executable, "-c", BOMB, str(path)], check=True)
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(tables, "UNPACKED_BYTES", 1 << 26)
+    section = SourceSection(path=str(path), user="{q}", assistant="{a}")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(ConfigError, match="some page or batch of it unpacks to more than 64 MiB"):
+        list(open_source(section, tmp_path, also=()).read(0, 2))
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+LARGE = {
+    "a.jsonl": (b'{"q": "', b'"}\n', None),
+    "a.json": (
+        b'[{"q": "',
+        b'"}]',
+        "is not valid JSON: a row has more than 134,217,728 characters",
+    ),
+    "a.csv": (
+        b"q,a\n",
+        b",A\n",
+        "cannot be cut into rows: at line 2 one has more than 134,217,728",
+    ),
+}
+
+
+SHORT = ["a.csv", "a.jsonl"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_row_of_text_of_too_many_bytes_is_never_held(tmp_path: Path, name: str) -> None:
+    start, end, refusal = LARGE[name]
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.write(start)
+        for _ in range(300):
+            file.write(b"x" * 1_000_000)
+        file.write(end)
+        if refusal is None:
+            file.write(b'{"q": "Q", "a": "A"}\n')
+    section = SourceSection(path=str(path), user="{q}", assistant="{a}")
+    if refusal is not None:
+        with pytest.raises(ConfigError, match=refusal):
+            open_source(section, tmp_path, also=())
+        return
+    first, second = open_source(section, tmp_path, also=()).read(0, 2)
+    assert first.fault == "is too large: more than 134,217,728 bytes"
+    assert second.values == {"q": "Q", "a": "A"} and second.line == 2
+
+
+@pytest.mark.parametrize("name", [*SHORT, pytest.param("a.json", marks=pytest.mark.slow)])
+def test_a_row_of_too_many_values_is_not_made(tmp_path: Path, name: str) -> None:
+    """As objects of Python they would take 20 times the bytes that they have in the file."""
+    path = tmp_path / name
+    inner = {"a.csv": b"q,a\n%s\n", "a.json": b'[{"q": [%s1]}]', "a.jsonl": b'{"q": [%s1]}\n'}
+    each = b"," if name == "a.csv" else b"[],"
+    path.write_bytes(inner[name] % (each * (MOST_VALUES + 1)))
+    section = SourceSection(path=str(path), user="{q}", assistant="{a}")
+    if name == "a.jsonl":
+        [row] = open_source(section, tmp_path, also=()).read(0, 1)
+        assert row.fault == "is too large: more than 4,000,000 values"
+        return
+    with pytest.raises(ConfigError, match="more than 134,217,728 characters or 4,000,000"):
+        open_source(section, tmp_path, also=())
 
 
 @pytest.mark.parametrize("name", FILES)
