@@ -128,7 +128,7 @@ def recipe(
 ) -> DatasetConfig:
     """The recipe of the rows; split, a tenth is held out and likeness of the pictures looked at."""
     return DatasetConfig(
-        source=SourceSection(path=str(rows)),
+        source=SourceSection(path=str(rows), image_root="/"),
         model=str(model),
         out=str(out),
         num_crops=num_crops,

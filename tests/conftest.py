@@ -1,6 +1,7 @@
 """What every test stands on: no ranks of a launcher, no hub, one thread; small real inputs."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # is read when huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
@@ -38,7 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_rank() -> None:
-    """Whatever started pytest, tests are no ranks; two threads on two busy cores are slower."""
+    """Whatever started pytest, tests are no ranks; two threads on two busy cores are slower.
+
+    What nohup starts ignores SIGHUP, and so does all that it starts: tests are of a terminal.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)

@@ -48,6 +48,7 @@ def make_uneven_shards(catalogue: Path, model: Path, folder: Path) -> Path:
         question = "<|image_1|>\nWhat is it?" if images else "What is it?"
         rows.append(turn(question, "a boat " * (2 + 3 * number), images=images))
     source = {"path": str(write_jsonl(folder / "rows.jsonl", rows)), "format": "messages"}
+    source["image_root"] = str(catalogue)
     prepare(recipe(model, folder / "shards", source))
     return folder / "shards"
 

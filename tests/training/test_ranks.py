@@ -434,7 +434,8 @@ def test_neither_a_process_group_nor_a_thread_holds_a_failed_command_back() -> N
     process = start_failing(
         "0",
         preparation="ranks.os.environ.update(WORLD_SIZE='1', LOCAL_RANK='0', LOCAL_SIZE='1'); "
-        "ranks.set_environment(); torch.distributed.init_process_group('gloo'); "
+        "ranks.set_environment(); store = torch.distributed.HashStore(); "
+        "torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1); "
         "threading.Thread(target=time.sleep, args=(600,)).start()",
     )
     assert process.communicate(timeout=50) == ("started\n", LINE)

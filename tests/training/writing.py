@@ -50,8 +50,7 @@ def main(folder: Path, offload: str = "") -> None:
     steps = []
     for name, plug in (("theirs", own), ("ours", writer)):
         engine.checkpoint_engine = plug
-        loaded, _ = engine.load_checkpoint(str(folder / name), tag="step")
-        assert loaded is not None
+        zero.load_checkpoint(engine, folder / name, "step")
         steps.append(train(engine))
     assert steps[0] == steps[1], steps
     zero.leave_together()
