@@ -15,6 +15,7 @@ LAYERS = (
     {"errors", "printing"},
     {"content"},
     {"reading"},
+    {"stored"},
     {
         "geometry",
         "files",

@@ -17,6 +17,7 @@ from phi3v.config.load import (
     differing_keys,
     dump_yaml,
     load_recipe,
+    read_mapping,
     to_dict,
 )
 from phi3v.config.schema import MODULES, EvaluationConfig, Module, RunConfig, SuiteConfig
@@ -40,5 +41,6 @@ __all__ = [
     "is_smoke_run",
     "load_deepspeed",
     "load_recipe",
+    "read_mapping",
     "to_dict",
 ]

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from phi3v.config.keys import (
 )
 from phi3v.config.names import nearest
 from phi3v.errors import ConfigError
+from phi3v.stored import parse_file
 
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 Json = dict[str, Any]
@@ -259,14 +261,11 @@ def _read(path: Path) -> Json:
     if not path.is_file():
         raise ConfigError(f"DeepSpeed config {path} does not exist; name a file, see ds_configs/")
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON at line {error.lineno}: {error.msg}") from None
-    except (UnicodeDecodeError, _DuplicateKey) as error:
+        return parse_file(path, partial(json.loads, object_pairs_hook=_unique))
+    except _DuplicateKey as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {content!r}")
-    return content
+    except ValueError as error:
+        raise ConfigError(f"{path} {error}") from None
 
 
 class _DuplicateKey(Exception):

@@ -30,9 +30,12 @@ from phi3v.config.names import nearest
 from phi3v.config.schema import EvaluationConfig, RunConfig, SuiteConfig
 from phi3v.errors import ConfigError
 from phi3v.reading import PLAIN, kind_at
+from phi3v.stored import read_bytes
 
 Recipe = TypeVar("Recipe", RunConfig, DatasetConfig, EvaluationConfig, SuiteConfig)
 
+MOST_VALUES = 100_000
+"""Of a recipe, each time that an alias refers to one."""
 BATCH_KEYS = (
     *("batch_size", "train_batch_size", "global_batch_size", "micro_batch_size", "batch"),
     *("per_device_train_batch_size", "train_micro_batch_size_per_gpu"),
@@ -98,7 +101,7 @@ def load_recipe(cls: type[Recipe], path: Path, overrides: Sequence[str]) -> Reci
 
     Raises: ConfigError naming the file or override, and the full key.
     """
-    return build_recipe(cls, _read_mapping(path), path, overrides)
+    return build_recipe(cls, read_mapping(path), path, overrides)
 
 
 def build_recipe(
@@ -185,22 +188,52 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[A
     return {key: (one, other) for key, (one, other) in pairs.items() if one != other}
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe file, as they stand there.
+
+    Raises: ConfigError naming the file and what is wrong with it.
+    """
     if (kind := kind_at(path)) not in (None, PLAIN):
         raise ConfigError(f"recipe {path} is {kind}; name a YAML file, see launch/recipes/")
     if kind is None:
         near = [each for each in map(path.with_suffix, (".yaml", ".yml")) if each.is_file()]
         hint = f"did you mean {near[0]}?" if near else "name a YAML file, see launch/recipes/"
         raise ConfigError(f"recipe {path} does not exist; {hint}")
-    content = path.read_bytes()
     try:
-        _refuse_duplicates(yaml.compose(content, Loader=yaml.SafeLoader))
+        content = read_bytes(path)
+        node = yaml.compose(content, Loader=yaml.SafeLoader)
+        _count_values(node, {})  # before anything goes through them
+        _refuse_duplicates(node)
         tree = yaml.safe_load(content)
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid YAML: its values lie too deep in others") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{path} is not valid YAML{_describe(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, got {_show(tree)}")
     return tree
+
+
+def _count_values(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """How many values a node stands for, those of its aliases counted each time.
+
+    Ten lines of ten aliases each make 10,000,000,000, and nothing that goes through them ends.
+
+    known  of nodes that were counted, by their identity; infinity while one is counted, which an
+           alias in itself refers to
+    Raises: yaml.MarkedYAMLError
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        pairs = isinstance(node, yaml.MappingNode)
+        inner = [each for pair in node.value for each in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_count_values(each, known) for each in inner)
+    if known[id(node)] > MOST_VALUES:
+        problem = f"with its aliases it has more than {MOST_VALUES:,} values"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return known[id(node)]
 
 
 def _refuse_duplicates(node: yaml.Node | None) -> None:

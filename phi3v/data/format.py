@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from phi3v.errors import ShardError
 from phi3v.reading import is_of_machine
+from phi3v.stored import parse_file
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -94,10 +95,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {MANIFEST}, so it is no dataset; make it with launch/prepare.py"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ShardError(f"{path} is not valid JSON ({error}); {PREPARE_AGAIN}") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+        manifest = parse_file(path)
+    except ValueError as error:
+        raise ShardError(f"{path} {error}; {PREPARE_AGAIN}") from error
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise ShardError(
             f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; "

@@ -7,11 +7,13 @@ said to be unknown. The head is what the hub reads: metadata.py.
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from phi3v.errors import CheckpointError
 from phi3v.evaluation.metrics import describe
 from phi3v.evaluation.metrics.names import BLIND, CONSTANT, CONTROL_TITLES, controls
 from phi3v.evaluation.report.words import interval_fault, loss_value, metric_value, rows_of
@@ -20,7 +22,9 @@ from phi3v.export.records import RECIPE, DatasetRecord, Records, read_records
 from phi3v.files import write_text
 from phi3v.page import clean
 from phi3v.pictures import PictureSettings
-from phi3v.training.run_folder import DEEPSPEED
+from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
+
+TOLD = (DATA, DEEPSPEED, ENVIRONMENT, SUMMARY, METRICS, EVALUATIONS)  # of a run's records
 
 # As docs/serving.md has it.
 PYTHON = """\
@@ -54,6 +58,11 @@ def write_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
 
     manifest  of the checkpoint
     """
+    with _telling(run):
+        _write_whole(run, manifest, out)
+
+
+def _write_whole(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
     records = read_records(run, manifest)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     parts = [
@@ -75,6 +84,11 @@ def write_text_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
 
     No scores: they are those of the whole model, which was shown pictures.
     """
+    with _telling(run):
+        _write_half(run, manifest, out)
+
+
+def _write_half(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
     records = read_records(run, manifest)
     parts = [
         _head(records, front_matter(records, is_text_only=True)),
@@ -84,6 +98,22 @@ def write_text_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
         _training(records),
     ]
     _write(out, parts)
+
+
+@contextmanager
+def _telling(run: Path) -> Iterator[None]:
+    """Refuse records of a run that do not have the form in which a run writes them.
+
+    Raises: CheckpointError
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"the records of {run} do not say what a model card tells ({type(error).__name__}: "
+            f"{error}): {', '.join(TOLD)} or its checkpoint's manifest was changed; bring them "
+            "back from a copy"
+        ) from error
 
 
 def _write(out: Path, parts: Sequence[str]) -> None:

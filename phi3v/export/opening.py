@@ -1,15 +1,13 @@
 """Opening a model by name: a run folder, a Hugging Face folder, or a name on the hub."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from phi3v.config import EvaluationConfig, RunConfig, build_recipe, to_dict
+from phi3v.config import EvaluationConfig, RunConfig, build_recipe, load_recipe, to_dict
 from phi3v.config.running import EvalSection
 from phi3v.data import Dataset
 from phi3v.data.format import MANIFEST, read_manifest
@@ -25,6 +23,7 @@ from phi3v.pictures import PREPROCESSOR, PictureSettings, Prepared, choose, prep
 from phi3v.printing import print
 from phi3v.processing import Phi3VProcessor
 from phi3v.processing.processor import has_preprocessor
+from phi3v.stored import read_object
 from phi3v.training.checkpoints.reading import open_weights
 from phi3v.training.checkpoints.store import find_step, named_step
 from phi3v.training.run_folder import CONFIG, DATA, RunFolder
@@ -41,9 +40,7 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{folder} holds no {CONFIG}, so it is no run folder; name the folder of a run "
             "(run.out of its recipe)"
         )
-    return build_recipe(
-        RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), path, overrides
-    )
+    return load_recipe(RunConfig, path, overrides)
 
 
 def evaluation_settings(model: Path, overrides: Sequence[str]) -> EvalSection:
@@ -106,7 +103,7 @@ def picture_settings(run: Path) -> PictureSettings | None:
 def _prepared(run: Path) -> list[Prepared]:
     """The datasets of a run, by its own record, else (a run of before) by their manifests."""
     path = run / DATA
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    data = read_object(path) if path.is_file() else {}
     if "pictures" in data:
         return [Prepared.from_dict(entry, str(path)) for entry in data["pictures"]]
     folders = read_run(run).data.folders
@@ -126,7 +123,7 @@ def made_preprocessor(run: Path, pictures: PictureSettings | None) -> dict[str, 
     Raises: ConfigError if nobody knows it any more.
     """
     path = run / DATA
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    data = read_object(path) if path.is_file() else {}
     views = data.get("view_settings")
     if views is None:  # a run of before
         folder = Path(read_run(run).data.folders[0])

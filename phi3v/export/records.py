@@ -10,7 +10,6 @@ Surprising: config.yaml and environment.json are those of the run's last start, 
 of the checkpoint. What may differ between them (the number of ranks, evaluation) is said of either.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from phi3v.config import MODULES, Module, RunConfig, to_dict
 from phi3v.data.format import HUB, LICENSES
 from phi3v.export.opening import read_run
 from phi3v.export.originals import find_base
+from phi3v.stored import read_object
 from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT, RunFolder
 
 RECIPE = "run.yaml"  # names under which the card gives the files
@@ -245,5 +245,4 @@ def _is_absolute(text: str) -> bool:
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
+    return read_object(path)

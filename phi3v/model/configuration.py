@@ -1,10 +1,12 @@
 """Phi3VConfig: the published config.json, read as it is and written as it was."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import CLIPVisionConfig, Phi3Config
 
-from phi3v.errors import ConfigError
+from phi3v.errors import ConfigError, Phi3VError
+from phi3v.stored import parse_file
 
 # The published tower is ViT-L/14-336 and its sizes are in no config.json; a folder says only
 # where it differs, under `vision_config`.
@@ -75,6 +77,28 @@ class Phi3VConfig(Phi3Config):
             )
         self.rope_length = rope_length
         super().__init__(**_with_rope_parameters(kwargs))
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **where: Any) -> "Phi3VConfig":
+        """The configuration of a model folder or hub name.
+
+        Raises: ConfigError if there is no config.json, or it describes no such model.
+        """
+        own = Path(path, where.get("subfolder") or "", "config.json")
+        try:
+            if own.exists():
+                parse_file(own)  # transformers would wait for a pipe
+            return super().from_pretrained(path, **where)
+        except Phi3VError:
+            raise
+        except Exception as error:  # a file of anybody's making fails in any way it likes
+            if isinstance(error, OSError) and error.errno:
+                raise
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"the config.json of {path} describes no Phi-3-Vision ({type(error).__name__}: "
+                f"{reason[:300]}); take the one that was published with its weights"
+            ) from error
 
     @property
     def image_side(self) -> int:

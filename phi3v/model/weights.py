@@ -5,7 +5,6 @@ between them. transformers' own loading reads everything at once and does not re
 unknown names.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from phi3v.content import disguise
 from phi3v.errors import CheckpointError
+from phi3v.stored import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Some fine-tunes hold the token embeddings a second time, under the name of the image embedding.
@@ -106,8 +106,12 @@ def _find_files(path: str, where: dict[str, Any]) -> dict[str, Path]:
     """
     index = cached_file(path, INDEX, _raise_exceptions_for_missing_entries=False, **where)
     if index is not None:
-        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        names = read_object(Path(index), needs={"weight_map": dict})["weight_map"]
         for file in names.values():
+            if not isinstance(file, str):
+                raise CheckpointError(
+                    f"{index} has {file!r} where a file's name belongs; download the model again"
+                )
             if Path(file).is_absolute() or ".." in Path(file).parts:
                 raise CheckpointError(
                     f"{index} names {file!r}, which is not in its folder; name files beside it, or "
@@ -147,7 +151,11 @@ def find_stop_ids(path: str, **where: Any) -> list[int]:
     )
     if found is None:
         return []
-    added = json.loads(Path(found).read_text(encoding="utf-8"))["added_tokens"]
+    added = read_object(Path(found), needs={"added_tokens": list})["added_tokens"]
+    if not all(isinstance(t, dict) and {"content", "id"} <= t.keys() for t in added):
+        raise CheckpointError(
+            f"{found} has an entry without content or id in 'added_tokens'; download it again"
+        )
     ids = {token["content"]: token["id"] for token in added}
     return [ids[token] for token in STOP_TOKENS if token in ids]
 

@@ -5,7 +5,6 @@ own, and it is not saved, for an export copies the base's files.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -33,7 +32,8 @@ from phi3v.geometry import Layout, grid_of, hd_layout, image_tokens
 from phi3v.pictures import PREPROCESSOR, PUBLISHED, PictureSettings
 from phi3v.processing.canvas import hd_canvas
 from phi3v.processing.prompt import encode
-from phi3v.reading import is_of_machine, machine_error
+from phi3v.reading import HIDDEN, PLAIN, is_of_machine, kind_at, machine_error
+from phi3v.stored import parse_file
 from phi3v.views import ViewSettings, pixel_values
 
 PUBLISHED_IMAGE_SIZE, PUBLISHED_PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
@@ -307,17 +307,18 @@ def check_content(file: Path) -> None:
 
     Raises: ConfigError naming it and the likely cause.
     """
+    if (kind := kind_at(file)) not in (PLAIN, HIDDEN):
+        raise ConfigError(f"{file} is {kind or 'gone'}, not a file; bring it again")
     if cause := disguise(file):
         raise ConfigError(f"{file} is {cause}")
     if file.suffix != ".json" or file.name == "tokenizer.json":  # see open_tokenizer
         return
     try:
-        json.loads(file.read_text(encoding="utf-8"))  # bytes might have a mark that others choke on
+        parse_file(file)
     except ValueError as error:
         size = file.stat().st_size
         raise ConfigError(
-            f"{file} is not valid JSON ({error}), it has {size:,} bytes: half a download, perhaps; "
-            "bring it again"
+            f"{file} {error}, it has {size:,} bytes: half a download, perhaps; bring it again"
         ) from error
 
 
@@ -351,4 +352,4 @@ def _no_model(model: str, reason: str) -> ConfigError:
 
 
 def _read_json(model: str, name: str) -> dict[str, Any]:
-    return json.loads(model_file(model, name).read_text(encoding="utf-8"))
+    return parse_file(model_file(model, name))

@@ -8,7 +8,6 @@ Which samples share a step is a pure function of the run's recipe, its DeepSpeed
 it is compared with what the run wrote down, and nothing is guessed: where it differs, that is said.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,6 +25,7 @@ from phi3v.data.packing import Plan, PlannedStep, Position
 from phi3v.errors import ConfigError, ShardError
 from phi3v.evaluation.models import check_model
 from phi3v.export import read_run
+from phi3v.stored import read_object
 from phi3v.training.base_model import model_digest
 from phi3v.training.opening import plan_steps
 from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT, METRICS, RunFolder
@@ -81,7 +81,7 @@ def open_step(
     cfg = replace(cfg, run=replace(cfg.run, out=str(run)))
     folder = RunFolder(run)
     lines = _read_lines(folder, number)
-    environment = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    environment = read_object(run / ENVIRONMENT, needs={"ranks": int})
     dataset = _open_dataset(cfg, run)
     _check_base(cfg, dataset, run, environment)
     ds = load_deepspeed(run / DEEPSPEED, world_size or environment["ranks"])
@@ -142,7 +142,7 @@ def _open_dataset(cfg: RunConfig, run: Path) -> Dataset | Mixture:
                 f"{Path.cwd()}); data.shards=DIR says where they lie now"
             )
     dataset = open_datasets(cfg.data.folders, "train", [part.weight for part in cfg.data.parts])
-    known = json.loads((run / DATA).read_text(encoding="utf-8"))["fingerprint"]
+    known = read_object(run / DATA, needs={"fingerprint": str})["fingerprint"]
     if dataset.fingerprint != known:
         raise ShardError(
             f"{run} was trained on data with fingerprint {known[:12]}, "

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from phi3v.config import DeepSpeedConfig, RunConfig, differences, dump_yaml, to_dict
+from phi3v.config import DeepSpeedConfig, RunConfig, differences, dump_yaml, read_mapping, to_dict
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.files import sync, write_json, write_text
 from phi3v.lines import append_line, read_lines
 from phi3v.locks import Lock, take
+from phi3v.stored import read_object
 from phi3v.training.base_model import model_digest
 from phi3v.training.faults import FaultLog
 
@@ -125,12 +125,12 @@ class RunFolder:
         """
         if not (self.path / CONFIG).is_file():
             return
-        before = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        before = read_mapping(self.path / CONFIG)
         found = differences(_meant(before), _meant(to_dict(cfg)))
         different = {key: pair for key, pair in found.items() if not key.startswith(CHANGEABLE)}
         if "model.path" in different and self._is_same_model(before, cfg):
             del different["model.path"]
-        before_ds = json.loads((self.path / DEEPSPEED).read_text(encoding="utf-8"))
+        before_ds = read_object(self.path / DEEPSPEED)
         of_json = differences(before_ds, ds.json)
         different |= {f"{ds.path.name}: {key}": pair for key, pair in of_json.items()}
         changes = [
@@ -148,9 +148,7 @@ class RunFolder:
     def _is_same_model(self, before: Mapping[str, Any], cfg: RunConfig) -> bool:
         """Whether the model was only moved, or named in another way; None is no digest of any."""
         path = self.path / ENVIRONMENT
-        known = (
-            json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
-        )
+        known = read_object(path).get("model") if path.is_file() else None
         known = known or model_digest(before["model"]["path"])  # a run of before told none
         return known is not None and known == model_digest(cfg.model.path)
 
@@ -164,7 +162,7 @@ class RunFolder:
         path = self.path / DATA
         if self.read_summary() is None or not path.is_file():
             return
-        before = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        before = read_object(path, needs={"fingerprint": str})["fingerprint"]
         if before != fingerprint:
             raise ConfigError(
                 f"run.out {self.path} was trained on data with fingerprint {before[:12]}, "
@@ -181,12 +179,12 @@ class RunFolder:
         execution: dict[str, Any] | None = None,
     ) -> None:
         """Write what the run is made of: config, DeepSpeed JSON, versions, kernels, model, data."""
-        write_text(self.path / CONFIG, dump_yaml(cfg))
         write_json(self.path / DEEPSPEED, ds.json)
         environment = describe_environment(world_size)
         environment |= {"execution": execution, "model": model_digest(cfg.model.path)}
         write_json(self.path / ENVIRONMENT, environment)
         write_json(self.path / DATA, data)
+        write_text(self.path / CONFIG, dump_yaml(cfg))  # last: with it the folder is a run's
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The steps done so far; the end of a line that a crash cut off is no step."""
@@ -235,7 +233,7 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, None before."""
         path = self.path / SUMMARY
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_object(path) if path.is_file() else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / SUMMARY, summary)

@@ -148,7 +148,7 @@ def test_a_file_that_is_no_text_is_refused() -> None:
 
 
 def test_a_file_that_is_not_an_object_is_refused() -> None:
-    assert refusal("[1]") == "zero3.json must hold a JSON object, got [1]"
+    assert refusal("[1]") == "zero3.json is a list, not an object of JSON"
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name() -> None:

@@ -78,12 +78,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "removed": (lambda c: (c / "zero/c.pt").unlink(), "zero/c.pt is missing"),
     "folder removed": (lambda c: shutil.rmtree(c / "zero"), "zero/c.pt is missing"),
     "swapped": (lambda c: swap(c / "a.pt", c / "b.pt"), "a.pt has SHA-256 "),
-    "manifest truncated": (lambda c: truncate(c / MANIFEST), "manifest.json is not JSON ("),
-    "manifest emptied": (lambda c: os.truncate(c / MANIFEST, 0), "manifest.json is not JSON ("),
+    "manifest truncated": (lambda c: truncate(c / MANIFEST), "manifest.json is not valid JSON"),
+    "manifest emptied": (lambda c: os.truncate(c / MANIFEST, 0), "manifest.json is not valid JSON"),
     "manifest removed": (lambda c: (c / MANIFEST).unlink(), "manifest.json is missing"),
     "manifest no JSON": (
         lambda c: (c / MANIFEST).write_bytes(b"\xff\xfe\x00"),
-        "manifest.json is not JSON (",
+        "manifest.json is not valid JSON",
     ),
     "manifest of another thing": (
         lambda c: (c / MANIFEST).write_text("[1]"),
@@ -101,7 +101,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (empty, "manifest.json is missing"),
     "a folder for a file": (
         lambda c: make_folder(c / MANIFEST),
-        "manifest.json cannot be read (Is a directory)",
+        "manifest.json is a folder, not a file",
     ),
 }
 BY_DIGEST_ONLY = ("flipped", "first byte", "last byte", "swapped")
@@ -290,6 +290,6 @@ def test_a_manifest_that_the_machine_cannot_read_is_not_damaged(
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
     checkpoint = save(tmp_path, 3)
-    monkeypatch.setattr(Path, "read_text", failing)
+    monkeypatch.setattr(Path, "open", failing)
     with pytest.raises(MachineError, match=f"{MANIFEST} cannot be read .Stale file handle"):
         find_damage(checkpoint)

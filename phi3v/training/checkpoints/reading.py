@@ -106,8 +106,18 @@ def _find_damage(folder: Path, files: Mapping[str, Any]) -> str | None:
 
 
 def map_weights(folder: Path) -> dict[str, Weight]:
-    """Find the stretches of every weight in a checkpoint's files."""
-    return _whole_weights(folder) if (folder / WHOLE).is_file() else _shared_weights(folder)
+    """Find the stretches of every weight in a checkpoint's files.
+
+    Raises: CheckpointError if they hold something else than DeepSpeed's optimizers save: they may
+    be of anybody's making.
+    """
+    try:
+        return _whole_weights(folder) if (folder / WHOLE).is_file() else _shared_weights(folder)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} does not hold what a run saves ({type(error).__name__}: {error}); bring it "
+            "back from a copy, or name another step"
+        ) from error
 
 
 def _map(path: Path) -> Any:
@@ -154,7 +164,9 @@ def _shared_weights(folder: Path) -> dict[str, Weight]:
         parts = [part for groups in masters for part in _stretches(groups, start, length)]
         weights[name] = Weight(shape, parts)
         start += length
-    assert start == sum(len(group) for group in masters[0]), (folder, start)
+    held = sum(len(group) for group in masters[0])
+    if start != held:
+        raise ValueError(f"its weights have {start:,} values, its masters {held:,}")
     return weights
 
 

@@ -102,9 +102,22 @@ def _fit(checkpoint: Path, step: int, ranks: Ranks, beat: Callable[[], None]) ->
 
 
 def restore(engine: Any, choice: Choice | None, ranks: Ranks) -> Progress:
-    """Load a checkpoint into the engine; a fresh start without one."""
+    """Load a checkpoint into the engine; a fresh start without one.
+
+    Raises: CheckpointError if its files are data, but not what a run saves.
+    """
     if choice is None:
         return Progress()
+    try:
+        return _restore(engine, choice, ranks)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{choice.folder / choice.tag} does not hold what a run saves ({type(error).__name__}: "
+            f"{error}); bring it back from a copy, or remove it for an older one to be taken"
+        ) from error
+
+
+def _restore(engine: Any, choice: Choice, ranks: Ranks) -> Progress:
     if choice.is_converted:
         load(engine, choice.folder / choice.tag)
     else:

@@ -34,6 +34,7 @@ from phi3v.errors import CheckpointError
 from phi3v.files import sha256, sync, sync_tree, write_json, write_text
 from phi3v.output import say
 from phi3v.reading import is_of_machine, machine_error, retried
+from phi3v.stored import parse_file
 
 LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"
 FORMAT = 1  # of the manifest
@@ -201,12 +202,12 @@ def find_damage(checkpoint: Path, files: Iterable[str] | None = None) -> str | N
 def _load_manifest(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
     """The manifest and what is wrong with it."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_file(checkpoint / MANIFEST)
     except OSError as error:
         return {}, f"{MANIFEST} {_why_unreadable(error)}"
     except ValueError as error:
-        return {}, f"{MANIFEST} is not JSON ({error})"
-    version = manifest.get("format") if isinstance(manifest, dict) else None
+        return {}, f"{MANIFEST} {error}"
+    version = manifest.get("format")
     if version != FORMAT:
         return {}, f"{MANIFEST} has format {version!r}, this program reads {FORMAT}"
     # Without it a flipped digit of the position would send the run elsewhere in the data.
