@@ -87,7 +87,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "manifest of another thing": (
         lambda c: (c / MANIFEST).write_text("[1]"),
-        "manifest.json has format None, this program reads 1",
+        "manifest.json is a list, not an object of JSON",
     ),
     "manifest of another version": (
         lambda c: edit(c, format=2),
@@ -286,7 +286,7 @@ def test_a_checkpoint_that_the_machine_cannot_read_is_not_damaged(
 def test_a_manifest_that_the_machine_cannot_read_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(path: Path, **_: object) -> str:
+    def failing(path: Path, *_: object) -> str:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
     checkpoint = save(tmp_path, 3)
