@@ -31,6 +31,7 @@ def test_what_a_run_saves_is_mapped(tmp_path: Path) -> None:
         *((torch.zeros(3), masters([])), (None, masters([])), (SHAPES, [])),
         *((SHAPES, masters(None)), (SHAPES, masters([torch.zeros(5)]))),
         ({**SHAPES, "param_shapes": [{"a.weight": [-1, 3]}]}, masters([torch.zeros(6)])),
+        ({**SHAPES, "param_shapes": [{0: torch.Size([2, 3])}]}, masters([torch.zeros(6)])),
         ({**SHAPES, "frozen_param_shapes": {"b": torch.Size([1])}}, masters([torch.zeros(6)])),
     ],
 )

@@ -112,7 +112,11 @@ def map_weights(folder: Path) -> dict[str, Weight]:
     be of anybody's making.
     """
     try:
-        return _whole_weights(folder) if (folder / WHOLE).is_file() else _shared_weights(folder)
+        is_whole = (folder / WHOLE).is_file()
+        weights = _whole_weights(folder) if is_whole else _shared_weights(folder)
+        if strange := [name for name in weights if not isinstance(name, str)]:
+            raise ValueError(f"it names a weight {strange[0]!r}")
+        return weights
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} does not hold what a run saves ({type(error).__name__}: {error}); bring it "
