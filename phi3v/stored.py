@@ -8,7 +8,8 @@ then its size, then what the parser says of it, then whether the keys that are n
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,30 @@ def parse_file(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str
 
     Raises: ValueError saying why it holds none; OSError where it cannot be read; MachineError.
     """
+    value = _parse(path, parse)
+    if not isinstance(value, dict):
+        raise ValueError(f"is a {type(value).__name__}, not an object of JSON")
+    return value
+
+
+def read_list(
+    path: Path, error: type[Phi3VError] = CheckpointError, advice: str = AGAIN
+) -> list[Any]:
+    """The list that a file of JSON holds.
+
+    Raises: `error` naming the file and what is wrong with it; MachineError.
+    """
+    with _refusing(path, error, advice):
+        value = _parse(path, json.loads)
+        if not isinstance(value, list):
+            raise ValueError(f"is a {type(value).__name__}, not a list of JSON")
+        return value
+
+
+def _parse(path: Path, parse: Callable[[str], Any]) -> Any:
     data = retried(lambda: read_bytes(path), str(path))
     try:
-        value = parse(data.decode())
+        return parse(data.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"is not valid JSON: byte {error.start + 1} is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -51,9 +73,16 @@ def parse_file(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str
         raise ValueError(f"is not valid JSON at line {error.lineno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # 5,000 digits, a list in a list in a list ...
         raise ValueError(f"is not JSON that can be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"is a {type(value).__name__}, not an object of JSON")
-    return value
+
+
+@contextmanager
+def _refusing(path: Path, error: type[Phi3VError], advice: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as reason:
+        raise error(f"{path} {reason}; {advice}") from None
+    except OSError as reason:
+        raise error(f"{path} cannot be read ({reason.strerror}); {advice}") from None
 
 
 def read_object(
@@ -66,12 +95,8 @@ def read_object(
 
     Raises: `error` naming the file and what is wrong with it; MachineError.
     """
-    try:
+    with _refusing(path, error, advice):
         found = parse_file(path)
-    except ValueError as reason:
-        raise error(f"{path} {reason}; {advice}") from None
-    except OSError as reason:
-        raise error(f"{path} cannot be read ({reason.strerror}); {advice}") from None
     for key, kind in (needs or {}).items():
         if type(found.get(key)) is not kind:
             has = f"a {type(found[key]).__name__}" if key in found else "none"

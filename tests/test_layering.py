@@ -122,3 +122,34 @@ def test_commands_are_thin() -> None:
     for path in commands:
         lines = path.read_text(encoding="utf-8").count("\n")
         assert lines <= 60, f"launch/{path.name} has {lines} lines; move work into phi3v/"
+
+
+# Who parses what is no file: a line, a cell, an answer, an override, what a library gives as text.
+PARSERS = {
+    "config/load.py",  # the one reader of YAML; an override
+    "data/reader.py",  # a cell of a shard
+    "evaluation/metrics/structured.py",  # an answer
+    "export/target.py",  # a file of the hub, too
+    "lines.py",  # a line
+    "prepare/fetch.py",  # an entry of the cache: a damaged one is as none
+    "prepare/manifest.py",  # what was just written
+    "prepare/rejections.py",  # an id
+    "prepare/text.py",  # a row
+    "prepare/typed.py",  # a schema's metadata
+    "processing/prompt.py",  # a tokenizer's definition
+    "samples/tiny.py",  # a tokenizer's definition
+    "stored.py",  # the one reader of files
+    "training/zero.py",  # what a rank sent
+}
+
+
+def test_a_file_of_json_or_yaml_is_read_by_the_one_reader_of_such_files() -> None:
+    """Which looks at its kind and size first, and says which file it is that is damaged."""
+    parses = {"json.load", "json.loads", "yaml.load", "yaml.safe_load"}
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in parses
+    }
+    assert found <= PARSERS, "take phi3v.stored.read_object, or config.read_yaml"

@@ -18,6 +18,7 @@ from phi3v.config.load import (
     dump_yaml,
     load_recipe,
     read_mapping,
+    read_yaml,
     to_dict,
 )
 from phi3v.config.schema import MODULES, EvaluationConfig, Module, RunConfig, SuiteConfig
@@ -42,5 +43,6 @@ __all__ = [
     "load_deepspeed",
     "load_recipe",
     "read_mapping",
+    "read_yaml",
     "to_dict",
 ]

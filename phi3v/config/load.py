@@ -14,7 +14,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import reduce
 from operator import or_
@@ -199,19 +199,27 @@ def read_mapping(path: Path) -> dict[str, Any]:
         near = [each for each in map(path.with_suffix, (".yaml", ".yml")) if each.is_file()]
         hint = f"did you mean {near[0]}?" if near else "name a YAML file, see launch/recipes/"
         raise ConfigError(f"recipe {path} does not exist; {hint}")
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, got {_show(tree)}")
+    return tree
+
+
+def read_yaml(path: Path, part: Callable[[bytes], bytes] = bytes) -> Any:
+    """The value of a file of YAML, or of a part of it.
+
+    Raises: ConfigError naming the file and what is wrong with it, as a key that is there twice.
+    """
     try:
-        content = read_bytes(path)
+        content = part(read_bytes(path))
         node = yaml.compose(content, Loader=yaml.SafeLoader)
         _count_values(node, {})  # before anything goes through them
         _refuse_duplicates(node)
-        tree = yaml.safe_load(content)
+        return yaml.safe_load(content)
     except RecursionError:
         raise ConfigError(f"{path} is not valid YAML: its values lie too deep in others") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{path} is not valid YAML{_describe(error)}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, got {_show(tree)}")
-    return tree
 
 
 def _count_values(node: yaml.Node | None, known: dict[int, float]) -> float:

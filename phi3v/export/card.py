@@ -22,6 +22,7 @@ from phi3v.export.records import RECIPE, DatasetRecord, Records, read_records
 from phi3v.files import write_text
 from phi3v.page import clean
 from phi3v.pictures import PictureSettings
+from phi3v.stored import read_object
 from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
 
 TOLD = (DATA, DEEPSPEED, ENVIRONMENT, SUMMARY, METRICS, EVALUATIONS)  # of a run's records
@@ -64,7 +65,7 @@ def write_card(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
 
 def _write_whole(run: Path, manifest: Mapping[str, Any], out: Path) -> None:
     records = read_records(run, manifest)
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config = read_object(out / "config.json")
     parts = [
         _head(records, front_matter(records)),
         f"Phi-3-Vision, fine-tuned from {_base(records)}. {_modules(records)}",
@@ -235,9 +236,7 @@ def _pictures(out: Path) -> str:
     path = out / "preprocessor_config.json"
     if not path.is_file():
         return ""
-    settings = PictureSettings.from_preprocessor(
-        json.loads(path.read_text(encoding="utf-8")), path.name
-    )
+    settings = PictureSettings.from_preprocessor(read_object(path), path.name)
     return f"Pictures: {settings} (preprocessor_config.json; other programs read num_crops alone)."
 
 

@@ -5,7 +5,6 @@ published code refuses; so is preprocessor_config.json where the run showed pict
 than the base. The tokenizer and the code that they name are copied as they are.
 """
 
-import json
 import re
 import shutil
 import sys
@@ -24,6 +23,7 @@ from phi3v.model.weights import STOP_TOKENS
 from phi3v.pictures import OWN_KEY, PREPROCESSOR, PictureSettings
 from phi3v.printing import print
 from phi3v.processing.processor import open_tokenizer
+from phi3v.stored import read_object
 
 TOKENIZER = (
     "tokenizer.json",
@@ -99,7 +99,7 @@ def is_text_half(folder: Path) -> bool:
     """Whether an export is what `write_text_originals` made; False for what is no export."""
     if not (folder / ORIGIN).is_file() or not (folder / "config.json").is_file():
         return False
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json", ConfigError)
     return bool(config.get("model_type") == TEXT_TYPE)
 
 
@@ -113,7 +113,7 @@ def _edited_config(model: str, dtype: torch.dtype) -> dict[str, Any]:
     file = find_base(model, "config.json")
     if file is None:
         raise ConfigError(f"model.path {model} has no config.json; it must be there to export")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file, ConfigError, needs={"num_attention_heads": int})
     for key in DROPPED_KEYS:
         config.pop(key, None)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
@@ -128,7 +128,7 @@ def _edit_preprocessor(path: Path, pictures: PictureSettings) -> None:
     num_crops is a published key. What other programs have no key for stands in one of its own,
     which the published processor keeps as an attribute and never looks at.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_object(path, ConfigError)
     if PictureSettings.from_preprocessor(content, str(path)) != pictures:
         kept = {key: value for key, value in content.items() if key != OWN_KEY}
         write_json(path, kept | pictures.to_preprocessor())
@@ -161,7 +161,7 @@ def _copy_code(model: str, out: Path, name: str) -> str | None:
     Where the base lacks one, which is returned, the `auto_map` goes: one that leads nowhere makes
     every loader with trust_remote_code fail.
     """
-    content = json.loads((out / name).read_text(encoding="utf-8"))
+    content = read_object(out / name, ConfigError)
     files = dict(_code_files(model, content.get("auto_map") or {}))
     if missing := next((module for module, file in files.items() if file is None), None):
         write_json(out / name, {k: v for k, v in content.items() if k != "auto_map"})

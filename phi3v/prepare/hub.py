@@ -25,9 +25,11 @@ from phi3v.errors import ConfigError
 from phi3v.files import replacing, write_json
 from phi3v.places import local_path
 from phi3v.prepare.folders import FolderRows, open_texts, reopened, texts_among
+from phi3v.prepare.plan import START_ANEW
 from phi3v.prepare.reach import check_files, check_folder
 from phi3v.prepare.tables import FEW, TableRows, open_streams
 from phi3v.reading import is_of_machine, machine_error
+from phi3v.stored import read_object
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILE_SUFFIX = re.compile(r"\.(?:[ct]sv|jsonl?|ndjson|parquet|arrow|feather|xlsx?|txt|zip|t?gz|tar)")
@@ -159,8 +161,9 @@ def list_folder(section: SourceSection) -> Listing:
         return Listing()
     if _is_saved(folder):
         names = folder / SAVED[0]
-        saved = json.loads(names.read_text(encoding="utf-8"))["splits"] if names.is_file() else ()
-        return Listing(tuple(saved))
+        if not names.is_file():
+            return Listing()
+        return Listing(tuple(read_object(names, ConfigError, needs={"splits": list})["splits"]))
     splits = _files(_builder(section))
     known = set(chain.from_iterable(splits.values()))
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
@@ -245,7 +248,7 @@ def spool(dataset: datasets.IterableDataset, folder: Path, section: SourceSectio
     folder.mkdir(parents=True, exist_ok=True)
     kept = _Kept()
     if (folder / PROGRESS).is_file():
-        kept = _Kept(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+        kept = _Kept(**read_object(folder / PROGRESS, ConfigError, advice=START_ANEW))
     if not kept.is_all:
         kept = _spool_on(dataset.with_format("arrow"), folder, section, kept)
     return [_part(folder, number) for number in range(kept.parts)]

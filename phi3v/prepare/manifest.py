@@ -16,8 +16,9 @@ from phi3v.errors import ConfigError
 from phi3v.files import write_json
 from phi3v.prepare import rejections
 from phi3v.prepare.inputs import open_processor
-from phi3v.prepare.plan import Plan, Shard, WorkFolder, read_table
+from phi3v.prepare.plan import START_ANEW, Plan, Shard, WorkFolder, read_table
 from phi3v.prepare.sources import check_source
+from phi3v.stored import read_object
 
 
 def write_manifest(
@@ -36,7 +37,7 @@ def write_manifest(
     splits = {split: _finish_split(work, split, shards) for split in _splits(cfg)}
     if not splits["train"]["samples"]:
         _refuse_empty(cfg, plan, splits, len(found))
-    report = json.loads(work.report.read_text(encoding="utf-8"))
+    report = read_object(work.report, ConfigError, advice=START_ANEW)
     processor = open_processor(cfg, cfg.sources[0])
     pictures = [
         {"source": section.paths[0], **open_processor(cfg, section).pictures.to_dict()}
@@ -127,7 +128,7 @@ def _splits(cfg: DatasetConfig) -> list[str]:
 def _finish_split(work: WorkFolder, split: str, shards: Sequence[Shard]) -> dict[str, Any]:
     """Join what the shards of a split say of themselves."""
     mine = [shard for shard in shards if shard.split == split]
-    entries = [json.loads(work.entry(shard).read_text(encoding="utf-8")) for shard in mine]
+    entries = [work.read_entry(shard) for shard in mine]
     there = [shard for shard, entry in zip(mine, entries, strict=True) if entry["shard"]]
     tables = (read_table(work.index(shard)) for shard in there)
     result = finish_split(work.path, split, [e["shard"] for e in entries if e["shard"]], tables)

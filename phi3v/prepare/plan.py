@@ -16,7 +16,6 @@ Every file has its name only once it is whole, so a start after a kill does what
 all sources are numbered through: source 0 has 0 ... n-1, source 1 goes on with n.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pyarrow as pa
 
+from phi3v.errors import ConfigError
 from phi3v.files import replacing, write_json
+from phi3v.stored import read_list, read_object
 
 CHUNK = 256  # rows of one unit of the scan
+START_ANEW = "remove the folder that it is in, and start again"
 ROW = np.dtype([("take", np.int16), ("tokens", np.int32)])
 """Of every row: how often training takes it (-1: held out, 0: neither), and its tokens."""
 
@@ -168,6 +170,11 @@ class WorkFolder:
     def entry(self, shard: Shard) -> Path:
         return self.written / f"{shard.name}.json"
 
+    def read_entry(self, shard: Shard) -> dict[str, Any]:
+        """What was noted when a shard was written."""
+        needs = {"rejected": list}
+        return read_object(self.entry(shard), ConfigError, needs, START_ANEW)
+
     def index(self, shard: Shard) -> Path:
         return self.written / f"{shard.name}.arrow"
 
@@ -175,14 +182,14 @@ class WorkFolder:
         """The recipe that the work was begun for, if it was."""
         if not self.recipe.is_file():
             return None
-        recipe: dict[str, Any] = json.loads(self.recipe.read_text(encoding="utf-8"))
-        return recipe
+        return read_object(self.recipe, ConfigError, advice=START_ANEW)
 
     def read_plan(self, recipe: dict[str, Any]) -> Plan | None:
         """The plan that was made here, if one was; it is the recipe's."""
         if not self.plan.is_file():
             return None
-        plan = json.loads(self.plan.read_text(encoding="utf-8"))
+        needs = {"states": list, "num_rows": list}
+        plan = read_object(self.plan, ConfigError, needs, START_ANEW)
         return Plan(recipe, tuple(plan["states"]), tuple(plan["num_rows"]))
 
     def write_plan(self, plan: Plan) -> None:
@@ -195,7 +202,7 @@ class WorkFolder:
         """The shards that were planned here, if the scan is over."""
         if not (self.shards.is_file() and self.shared.is_file()):  # or work of an older version
             return None
-        return [Shard(**shard) for shard in json.loads(self.shards.read_text(encoding="utf-8"))]
+        return [Shard(**shard) for shard in read_list(self.shards, ConfigError, START_ANEW)]
 
     def write_shards(self, shards: Sequence[Shard]) -> None:
         write_json(self.shards, [vars(shard) for shard in shards])

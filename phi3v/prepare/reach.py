@@ -8,7 +8,6 @@ A folder of data may say which of its files are read, in the YAML of its README.
 links. Neither may lead out of it: `datasets` would follow them anywhere, and to any host.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,16 +15,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import datasets
-import yaml
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub import DatasetCard
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from phi3v.config import read_yaml
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.places import local_path
 from phi3v.reading import PLAIN, Reach, kind_at
+from phi3v.stored import read_object
 
 CARDS = ("README.md", ".huggingface.yaml")  # whose `configs` say what is read of a folder
 LISTS = {"dataset_dict.json": "splits", "state.json": "_data_files"}  # of what `datasets` saved
@@ -113,15 +113,19 @@ def _named(folder: Path) -> Iterator[tuple[str, list[str]]]:
             yield name, list(_of_configs(_card(folder / name).get("configs")))
     for name, key in LISTS.items():
         if kind_at(folder / name) == PLAIN:
-            listed = json.loads((folder / name).read_text(encoding="utf-8"))[key]
+            listed = read_object(folder / name, ConfigError, needs={key: list})[key]
             yield name, [str(each["filename"] if key == "_data_files" else each) for each in listed]
 
 
 def _card(file: Path) -> dict[str, Any]:
-    if file.suffix == ".md":
-        return dict(DatasetCard.load(file).data.to_dict())
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = read_yaml(file, _front if file.suffix == ".md" else bytes)
     return found if isinstance(found, dict) else {}
+
+
+def _front(page: bytes) -> bytes:
+    """The YAML before the text of a card, as the hub's library finds it."""
+    found = REGEX_YAML_BLOCK.search(page.decode(errors="replace"))
+    return found[2].encode() if found else b""
 
 
 def _of_configs(configs: Any) -> Iterator[str]:

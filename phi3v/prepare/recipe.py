@@ -1,6 +1,5 @@
 """The recipe as it is followed: every default, and digests of what it only names."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,11 +17,12 @@ from phi3v.pictures import PUBLISHED
 from phi3v.prepare.conversations import check_columns, check_hits
 from phi3v.prepare.convert import convert_digest
 from phi3v.prepare.inputs import open_processor
-from phi3v.prepare.plan import Plan, WorkFolder
+from phi3v.prepare.plan import START_ANEW, Plan, WorkFolder
 from phi3v.prepare.sources import Source, open_source, source_digest
 from phi3v.printing import print
 from phi3v.processing.processor import model_file
 from phi3v.reading import retried
+from phi3v.stored import read_object
 
 MODEL_FILES = ("tokenizer.json", "preprocessor_config.json")
 LATER = ("id", "ignore", "convert", "delimiter", "image_folders")
@@ -95,7 +95,9 @@ class _Digests:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         is_there = path is not None and path.is_file()
-        self.known: dict[str, str] = json.loads(path.read_text()) if path and is_there else {}
+        self.known: dict[str, str] = (
+            read_object(path, ConfigError, advice=START_ANEW) if path and is_there else {}
+        )
 
     def digest(self, file: Path) -> str:
         """The SHA-256 of a file, read only if it is not known."""

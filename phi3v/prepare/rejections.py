@@ -12,7 +12,8 @@ from phi3v.config import DatasetConfig
 from phi3v.data.format import REJECTED
 from phi3v.errors import ConfigError
 from phi3v.lines import write_lines
-from phi3v.prepare.plan import Chunk, Plan, Shard, WorkFolder, read_table
+from phi3v.prepare.plan import START_ANEW, Chunk, Plan, Shard, WorkFolder, read_table
+from phi3v.stored import read_object
 
 SHOWN_REASONS = 3
 NAMED = ("id", "reason", "line")  # columns of a scan; one begun before there were lines has none
@@ -47,8 +48,7 @@ def in_scan(plan: Plan, work: WorkFolder, chunks: Sequence[Chunk]) -> Iterator[R
 def in_write(work: WorkFolder, shards: Sequence[Shard]) -> Iterator[Rejection]:
     """What was rejected when these shards were written."""
     for shard in shards:
-        entry = json.loads(work.entry(shard).read_text(encoding="utf-8"))
-        yield from (Rejection(**rejected) for rejected in entry["rejected"])
+        yield from (Rejection(**rejected) for rejected in work.read_entry(shard)["rejected"])
 
 
 def by_reason(rejections: Sequence[Rejection]) -> dict[str, int]:
@@ -125,5 +125,5 @@ def _forget(plan: Plan, work: WorkFolder, rejections: Sequence[Rejection]) -> No
         if start < stop:
             work.scan(chunk).unlink(missing_ok=True)
     for path in work.written.glob("*.json"):
-        if json.loads(path.read_text(encoding="utf-8"))["rejected"]:
+        if read_object(path, ConfigError, {"rejected": list}, START_ANEW)["rejected"]:
             path.unlink()

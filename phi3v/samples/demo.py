@@ -1,6 +1,5 @@
 """The demo: its inputs, made where they are missing, and the whole job from rows to an answer."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ from phi3v.printing import print
 from phi3v.processing.prompt import render
 from phi3v.samples.products import make_products
 from phi3v.samples.tiny import make_tiny_model
+from phi3v.stored import read_object
 from phi3v.training.ranks import RANK_VARIABLES, free_port
 
 RANKS = 2
@@ -136,7 +136,7 @@ def _run(*command: object) -> None:
 
 
 def _print_results(run: Path, seconds: float) -> None:
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = read_object(run / "summary.json")
     metrics = summary["metrics"]
     training = summary["totals"]["step_seconds"]
     print(f"\n{'held-out products':28}{'seeing':>9}{'blind':>9}{'constant':>10}{'rows':>7}")

@@ -14,7 +14,6 @@ compiler, writes nothing, and meets no lock. Locks matter to `build_extensions` 
 """
 
 import glob
-import json
 import os
 import platform
 import shutil
@@ -36,6 +35,7 @@ from phi3v.errors import ConfigError
 from phi3v.files import write_json
 from phi3v.printing import print
 from phi3v.private import weakness
+from phi3v.stored import parse_file
 
 BUILT = "built.json"  # beside a finished extension: what it was built for
 OWNER = "owner.json"  # beside a lock of ours: who builds
@@ -174,8 +174,8 @@ def _obstacle(extension: Extension) -> str | None:
     """Why an extension cannot be loaded here, or None."""
     path = _file(extension)
     try:
-        built = json.loads(path.with_name(BUILT).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        built = parse_file(path.with_name(BUILT))
+    except (OSError, ValueError):
         return f"it is not built in {path.parent}"
     if not path.is_file():
         return f"{path} is gone"
@@ -350,8 +350,8 @@ def _age(lock: Path) -> float:
 def _is_abandoned(folder: Path) -> bool:
     """Whether the process that noted itself as the builder was one of this machine, and is gone."""
     try:
-        owner = Owner(**json.loads((folder / OWNER).read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError, TypeError):
+        owner = Owner(**parse_file(folder / OWNER))
+    except (OSError, ValueError, TypeError):
         return False
     return owner.host == socket.gethostname() and not Path("/proc", str(owner.process)).exists()
 

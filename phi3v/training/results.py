@@ -1,6 +1,5 @@
 """What a run leaves for people: summary.json, predictions.jsonl, report.html."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +12,7 @@ from phi3v.evaluation.evaluate import Evaluation
 from phi3v.evaluation.report import Report, Saved, write_report
 from phi3v.lines import write_lines
 from phi3v.output import say
+from phi3v.stored import read_object
 from phi3v.training import console
 from phi3v.training.checkpoints.store import (
     BEST,
@@ -72,7 +72,7 @@ def write_results(
     if evaluation:
         write_lines(folder.path / PREDICTIONS, map(asdict, evaluation.outcomes))
         say(console.describe_evaluation(step, evaluation.loss, evaluation.metrics()))
-    data = json.loads((folder.path / DATA).read_text(encoding="utf-8"))
+    data = read_object(folder.path / DATA)
     report = Report(
         title=folder.path.name,
         steps=steps,
@@ -221,8 +221,7 @@ def throughput(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 def facts(folder: RunFolder, cfg: RunConfig) -> dict[str, str]:
     """The settings that a reader of the report asks for first."""
     environment, data, ds = (
-        json.loads((folder.path / name).read_text(encoding="utf-8"))
-        for name in (ENVIRONMENT, DATA, DEEPSPEED)
+        read_object(folder.path / name) for name in (ENVIRONMENT, DATA, DEEPSPEED)
     )
     parts = cfg.data.parts
     is_bf16 = (ds.get("bf16") or {}).get("enabled", False)

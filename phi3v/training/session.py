@@ -1,6 +1,5 @@
 """One start of a run: its engine, what listens beside it, how it saves, evaluates and stops."""
 
-import json
 import random
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from phi3v.evaluation.generation import Generator
 from phi3v.model import Phi3VForCausalLM
 from phi3v.output import say
 from phi3v.progress import progress
+from phi3v.stored import read_object
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import Choice, choose, restore
 from phi3v.training.checkpoints.saving import Progress, Saver
@@ -210,7 +210,7 @@ def describe_origin(run: Run) -> dict[str, Any]:
     """The recipe, and under names of their own the other files that `write_origin` wrote."""
 
     def read(name: str) -> Any:
-        return json.loads((run.folder.path / name).read_text(encoding="utf-8"))
+        return read_object(run.folder.path / name)
 
     origin = {"deepspeed_json": read(DEEPSPEED), "environment": read(ENVIRONMENT)}
     return {**to_dict(run.cfg), **origin, "dataset": read(DATA)}

@@ -29,6 +29,7 @@ from phi3v.config.running import CheckpointSection
 from phi3v.data.packing import Position
 from phi3v.devices import has_cuda
 from phi3v.errors import CheckpointError
+from phi3v.stored import read_object
 from phi3v.training import zero
 from phi3v.training.checkpoints.store import (
     SavedFile,
@@ -154,7 +155,7 @@ class Saver:
             while not marker.is_file():
                 if self._given_up.wait(POLL_SECONDS):
                     raise CheckpointError(f"{partial} was given up: another rank could not write")
-            entries = json.loads(marker.read_text(encoding="utf-8"))
+            entries = read_object(marker)
             files |= {name: SavedFile(**entry) for name, entry in entries.items()}
             marker.unlink()
         for path in partial.iterdir():  # DeepSpeed's own script, which no state goes through

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from phi3v.files import write_json
+from phi3v.stored import read_object
 from phi3v.training.tracking.sinks import PICTURE, TRAIN, Artifact, Histogram, Table
 
 FOLDER = "tensorboard"
@@ -29,7 +30,7 @@ class TensorboardSink:
         self._told = self._folder / TOLD
         self.last: defaultdict[str, int] = defaultdict(lambda: -1)
         if self._told.is_file():
-            self.last.update(json.loads(self._told.read_text(encoding="utf-8")))
+            self.last.update(read_object(self._told))
             self.last[TRAIN] = step
         self._open(step)
 

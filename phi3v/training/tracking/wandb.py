@@ -6,7 +6,6 @@ logged again; the few that were not lost are then there twice, with equal values
 keeps what it got, and drops repeated steps itself.
 """
 
-import json
 import os
 import re
 import uuid
@@ -22,6 +21,7 @@ from phi3v.config.running import WandbSection
 from phi3v.errors import ConfigError
 from phi3v.files import write_json, write_text
 from phi3v.output import say
+from phi3v.stored import read_object
 from phi3v.training.tracking.sinks import PICTURE, Artifact, Histogram, Table
 
 FOLDER = "wandb"
@@ -97,10 +97,7 @@ class WandbSink:
             return defaultdict(lambda: step - 1)
         last: defaultdict[str, int] = defaultdict(lambda: -1)
         if self._closed.is_file():
-            closed = json.loads(self._closed.read_text(encoding="utf-8"))
-            if isinstance(closed, int):  # of an older version, which did not tell records apart
-                return defaultdict(lambda: closed)
-            last.update(closed)
+            last.update(read_object(self._closed))
         return last
 
     def config(self, step: int, values: Mapping[str, Any]) -> None:
