@@ -31,7 +31,7 @@ def printable(text: str, keep: str = "") -> str:
 def without_passwords(text: str) -> str:
     """A message without the user and password of addresses in it, whoever has put them there.
 
-    A last look: who shows what is known to be an address uses `prepare.web.shown_url`.
+    A last look: who shows what is known to be an address uses `addresses.shown_url`.
     """
     return WORD.sub(_without_password, text) if "@" in text else text
 

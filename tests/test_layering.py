@@ -13,7 +13,7 @@ PACKAGE = ROOT / "phi3v"
 # A layer may import those below it; packages of one line do not import each other.
 LAYERS = (
     {"errors", "printing"},
-    {"content"},
+    {"addresses", "content"},
     {"reading"},
     {
         "geometry",

@@ -14,17 +14,14 @@ import pytest
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError, SampleError
-from phi3v.prepare import prepare
 from phi3v.prepare.chats import MOST_TURNS
 from phi3v.prepare.conversations import read_conversation
 from phi3v.prepare.rows import Row
 from phi3v.prepare.scan import reason_of
 from phi3v.prepare.sources import open_source
 from phi3v.processing.keys import unique
-from tests.tiny import recipe, turn, write_jsonl
 
 MANY = 60_000
-TURNS = MOST_TURNS // 2
 
 
 @contextmanager
@@ -52,16 +49,6 @@ def test_a_header_of_many_columns_is_read_at_once(tmp_path: Path) -> None:
 def test_a_reason_of_any_length_is_shown_at_once(text: str) -> None:
     with soon():
         assert len(reason_of(SampleError(f"role is none: {text}"))) <= 503
-
-
-def test_many_answers_that_are_not_trained_are_passed_over_at_once(
-    tmp_path: Path, tiny_model: Path
-) -> None:
-    answer = {"role": "assistant", "content": "A", "weight": 0}
-    turns = [{"role": "user", "content": "H"}, answer] * (TURNS - 1) + turn("H", "A")["messages"]
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
-    with soon():
-        prepare(recipe(tiny_model, tmp_path / "out", {"path": str(path)}, workers=1))
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "texts"])
