@@ -339,8 +339,8 @@ class DatasetConfig:
     256 MiB."""
 
     max_characters: int = MAX_CHARACTERS
-    """Characters of one row's messages at most; rows with more are rejected before they are
-    tokenised."""
+    """Characters of one row's messages and references at most; rows with more are rejected before
+    they are tokenised."""
 
     split: SplitSection = SplitSection()
     """What is held out."""

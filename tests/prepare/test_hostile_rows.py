@@ -14,12 +14,14 @@ import pytest
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError, SampleError
+from phi3v.prepare import inputs, prepare
 from phi3v.prepare.chats import MOST_TURNS
 from phi3v.prepare.conversations import read_conversation
 from phi3v.prepare.rows import Row
 from phi3v.prepare.scan import reason_of
 from phi3v.prepare.sources import open_source
 from phi3v.processing.keys import unique
+from tests.tiny import recipe, turn, write_jsonl
 
 MANY = 60_000
 
@@ -59,6 +61,33 @@ def test_a_row_of_too_many_turns_is_rejected_before_they_are_read(column: str) -
         section = SourceSection(path="x", format="texts")
     with pytest.raises(SampleError, match="too many turns: 10,001, 10,000 at most"):
         read_conversation(row, section)
+
+
+def test_an_id_or_a_reference_of_any_length_rejects_its_row_and_is_not_repeated(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    rows = [turn("Hi", "A."), turn("Hi", "A.", id="i" * 20_000)]
+    rows.append(turn("Hi", "A.", id="r", references=["r" * 600_000] * 2))
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows))}
+    prepare(recipe(tiny_model, tmp_path / "out", source, max_rejected=1.0, workers=1))
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [(line["id"], line["reason"]) for line in map(json.loads, lines)] == [
+        ("i" * 10_000, "an id is too long: 20,000 characters, 10,000 at most"),
+        ("r", "too much text: 1,200,004 characters, max_characters is 1,000,000"),
+    ]
+
+
+def test_few_rows_of_long_texts_are_held_at_once(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+    monkeypatch.setattr(inputs, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(inputs, "_fetched", lambda _, batch: fetched.append(len(batch)) or batch)
+    rows = [{"q": "Q" * 600, "a": "A."} for _ in range(8)]
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows))}
+    source |= {"user": "{q}", "assistant": "{a}"}
+    prepare(recipe(tiny_model, tmp_path / "out", source, workers=1))
+    assert set(fetched) == {0, 2}
 
 
 # Tables
@@ -137,3 +166,16 @@ def test_a_type_of_datasets_that_cannot_be_made_of_its_metadata_is_refused(tmp_p
         out.write_table(made)
     with pytest.raises(ConfigError, match="cannot be read as arrow: "):
         open_source(SourceSection(path=str(path), user="{q}", assistant="{q}"), tmp_path, also=())
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", ".huggingface.yaml", "dataset_dict.json", "dataset_infos.json"]
+)
+def test_a_page_of_gigabytes_about_a_folder_is_refused_by_its_size(
+    name: str, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [turn("Hi", "A.")])
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=f"{name} is too large: 1,099,511,627,776 bytes"):
+        open_source(SourceSection(path=str(tmp_path)), tmp_path)
