@@ -9,12 +9,13 @@ first; else the one file that it may mean.
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote
 
+from phi3v.addresses import shown_reference
 from phi3v.errors import SampleError
 from phi3v.reading import FOLDER, Reach, kind_at
 
@@ -59,12 +60,10 @@ def read_image(root: Path, text: str, reach: Reach, max_bytes: int) -> bytes | N
     return None if path is None else reach.read(path, shortened(text), max_bytes)
 
 
-def missing_image(
-    root: Path, text: str, reach: Reach, show: Callable[[str], str] = str
-) -> SampleError:
+def missing_image(root: Path, text: str, reach: Reach) -> SampleError:
     """Why a path is none of a picture: it is a folder, or nothing is there, but this is near.
 
-    show  a reference as it may be shown: it may be an address with a password that is no address
+    It may be meant as an address, with a password.
     """
     place = root / shortened(text)
     if text and kind_at(place) == FOLDER:
@@ -72,7 +71,7 @@ def missing_image(
     may_look = len(text) < LONG and reach.holds(os.path.realpath(place.parent))
     close = nearby(place) if may_look else None
     there = f"; there is {close}" if close else ""
-    return SampleError(f"image does not exist: {root / shortened(show(text))}{there}")
+    return SampleError(f"image does not exist: {root / shortened(shown_reference(text))}{there}")
 
 
 def shortened(text: str) -> str:

@@ -167,11 +167,31 @@ class Reach:
         try:
             real = retried(lambda: os.path.realpath(path, strict=True), name)
             self._refuse_outside(real, name)
-            return retried(lambda: _read(real, name, max_bytes), name)
+            return retried(lambda: self._read(real, name, max_bytes), name)
         except OSError as error:
             if error.errno not in OF_THE_FILE:
                 raise machine_error(error, name) from error
             raise SampleError(f"image cannot be read: {name}, {error.strerror}") from error
+
+    def _read(self, path: str, name: str, max_bytes: int) -> bytes:
+        _refuse_kind(os.lstat(path).st_mode, name)  # to open a device may already do something
+        with os.fdopen(os.open(path, FLAGS), "rb") as file:
+            # A folder of its path may have become a link since.
+            opened = os.readlink(f"/proc/self/fd/{file.fileno()}").removesuffix(" (deleted)")
+            self._refuse_outside(opened, name)
+            found = os.fstat(file.fileno())
+            _refuse_kind(found.st_mode, name)  # it may be another by now
+            head = file.read(HEAD)
+            if not has_image_signature(head):
+                if cause := disguise_of(head):
+                    raise SampleError(f"image cannot be read: {name}, it is {cause}")
+                return head  # not the 200 GB of an archive
+            if found.st_size > max_bytes:
+                raise SampleError(
+                    f"image has too many bytes: {found.st_size:,}, {name}; max_row_bytes is "
+                    f"{max_bytes:,}"
+                )
+            return head + file.read(max(0, found.st_size - len(head)))
 
     def _refuse_outside(self, real: str, name: str) -> None:
         if _is_of_system(real):
@@ -203,24 +223,6 @@ def _blobs(folder: str) -> str | None:
         if parts[place - 1] == "snapshots" and parts[place - 2].startswith(HUB_REPOSITORY):
             return os.path.join(*parts[: place - 1], "blobs")  # if it is a link, no path begins so
     return None
-
-
-def _read(path: str, name: str, max_bytes: int) -> bytes:
-    _refuse_kind(os.lstat(path).st_mode, name)  # to open a device may already do something
-    with os.fdopen(os.open(path, FLAGS), "rb") as file:
-        found = os.fstat(file.fileno())
-        _refuse_kind(found.st_mode, name)  # it may be another by now
-        head = file.read(HEAD)
-        if not has_image_signature(head):
-            if cause := disguise_of(head):
-                raise SampleError(f"image cannot be read: {name}, it is {cause}")
-            return head  # not the 200 GB of an archive
-        if found.st_size > max_bytes:
-            raise SampleError(
-                f"image has too many bytes: {found.st_size:,}, {name}; max_row_bytes is "
-                f"{max_bytes:,}"
-            )
-        return head + file.read(max(0, found.st_size - len(head)))
 
 
 def _refuse_kind(mode: int, name: str) -> None:

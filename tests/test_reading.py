@@ -227,3 +227,23 @@ def test_a_full_disk_and_a_librarys_words_are_none_of_the_machine() -> None:
 def test_a_path_that_cannot_be_one_is_nothing(tmp_path: Path) -> None:
     for text in ("a\0b", "\ud83d", "x" * 5000, "none", "a.png/b"):
         assert kind_at(tmp_path / text) is None
+
+
+def test_a_folder_that_becomes_a_link_once_it_was_looked_at_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("data/sub", "private"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.png").write_bytes(b"\x89PNG" + name.encode())
+    look = os.path.realpath
+
+    def looked(path: str, **options: bool) -> str:
+        real = look(path, **options)
+        (tmp_path / "data/sub").rename(tmp_path / "data/was")
+        (tmp_path / "data/sub").symlink_to(tmp_path / "private")
+        return real
+
+    reach = Reach.of(tmp_path / "data")
+    monkeypatch.setattr(os.path, "realpath", looked)
+    with pytest.raises(SampleError, match="image lies outside of the folders"):
+        reach.read(str(tmp_path / "data/sub/a.png"), "a.png", 100)

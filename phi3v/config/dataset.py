@@ -15,6 +15,8 @@ Alpha = Literal["white", "published"]
 Exif = Literal["apply", "published"]
 MAX_PIXELS, MAX_ROW_BYTES = 100_000_000, 268435456
 """Of a picture, and of a row's pictures, where nothing else is said."""
+MAX_IMAGES, MAX_CHARACTERS = 128, 1_000_000
+"""Of a row, where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,16 +331,16 @@ class DatasetConfig:
     max_pixels: int = MAX_PIXELS
     """Pixels (width x height) of a picture at most; larger ones are rejected undecoded."""
 
-    max_images: int = 128
+    max_images: int = MAX_IMAGES
     """Images of one row at most; rows with more are rejected before any is opened."""
 
     max_row_bytes: int = MAX_ROW_BYTES
     """Bytes that the images of one row may take, their files and their canvases together; default
     256 MiB."""
 
-    max_characters: int = 1_000_000
-    """Characters of one row's messages at most; rows with more are rejected before they are
-    tokenised."""
+    max_characters: int = MAX_CHARACTERS
+    """Characters of one row's messages and references at most; rows with more are rejected before
+    they are tokenised."""
 
     split: SplitSection = SplitSection()
     """What is held out."""

@@ -8,19 +8,20 @@ the k-th of which is the k-th picture.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from phi3v.config.dataset import MAX_PIXELS, MAX_ROW_BYTES, ImagesSection
+from phi3v.addresses import shown_reference
+from phi3v.config.dataset import MAX_CHARACTERS, MAX_PIXELS, MAX_ROW_BYTES, ImagesSection
 from phi3v.errors import ConfigError, SampleError
 from phi3v.evaluation.generation import Generator, Prompt
 from phi3v.evaluation.models import open_model
 from phi3v.pictures import PUBLISHED
-from phi3v.places import LONG, local_path, missing_image, read_image, shortened
+from phi3v.places import local_path, missing_image, read_image, shortened
 from phi3v.processing import Phi3VProcessor, decoding
 from phi3v.processing.prompt import Message, encode_messages, image_tags, settle_tags
 from phi3v.reading import EVERYWHERE, Reach
@@ -51,8 +52,10 @@ class Asker:
             return self.generator.stream(prompt, show)
         return self.generator.answer([prompt], quiet=True)[0]
 
-    def prompt(self, messages: Sequence[Message], pictures: Sequence[Image.Image]) -> Prompt:
+    def prompt(self, messages: Sequence[Message], pictures: Iterable[Image.Image]) -> Prompt:
         """A conversation up to the answer that is wanted.
+
+        pictures  each is done with before the next is asked for
 
         Raises: SampleError if the tags do not fit the pictures, or it is too long.
         """
@@ -81,13 +84,26 @@ def make_prompt(processor: Phi3VProcessor, text: str, pictures: Sequence[Image.I
 
 
 def encode_prompt(
-    processor: Phi3VProcessor, messages: Sequence[Message], pictures: Sequence[Image.Image]
+    processor: Phi3VProcessor, messages: Sequence[Message], pictures: Iterable[Image.Image]
 ) -> Prompt:
     """A conversation, ready to be answered.
 
-    Raises: SampleError if the tags do not fit the pictures.
+    Raises: SampleError if the tags do not fit the pictures, or it is more than a row of a dataset
+    may be by default.
     """
-    canvases = [processor.canvas(picture) for picture in pictures]
+    characters = sum(len(message["content"]) for message in messages)
+    if characters > MAX_CHARACTERS:
+        raise SampleError(f"too much text: {characters:,} characters, {MAX_CHARACTERS:,} at most")
+    canvases = []
+    taken = 0
+    for picture in pictures:
+        canvases.append(processor.canvas(picture))
+        taken += canvases[-1].nbytes
+        if taken > MAX_ROW_BYTES:
+            raise SampleError(
+                f"images take too many bytes: {taken:,} for {len(canvases):,} images, "
+                f"{MAX_ROW_BYTES:,} at most"
+            )
     counts = [processor.canvas_tokens(canvas) for canvas in canvases]
     ids = encode_messages(processor.tokenizer, messages, counts, for_answer=True)
     # The model takes pictures in order of appearance, whatever their tags' numbers are.
@@ -130,7 +146,8 @@ def _local(text: str) -> str:
     if scheme is None:
         return text
     if (scheme[1] or scheme[2]).lower() != "file":
-        raise SampleError(f"{text[:LONG]} is an address; bring the file and name its path")
+        shown = shortened(shown_reference(text))
+        raise SampleError(f"{shown} is an address; bring the file and name its path")
     return str(local_path(f"file://{text[scheme.end() :]}"))
 
 

@@ -12,7 +12,7 @@ any length; the answers have their name when all are written.
 
 import codecs
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from phi3v.config.dataset import MAX_IMAGES
 from phi3v.errors import ConfigError, MachineError, SampleError
 from phi3v.evaluation.ask import Asker, open_picture, user_turn
 from phi3v.evaluation.generation import Prompt
@@ -39,6 +40,7 @@ from phi3v.progress import progress
 from phi3v.reading import PLAIN, Reach, is_of_machine, kind_at, machine_error
 
 ASKING = ("prompt", "messages")  # keys of a row, one of which it has
+BATCH_BYTES = 1 << 28  # of canvases
 BATCHES = 8  # read at once, so that rows of a length can share a batch
 
 ReadMessages = Callable[[Mapping[str, Any]], tuple[list[Message], list[Any]]]
@@ -85,11 +87,11 @@ def answer_file(
     bar = progress(None, "answer", "row", total)
     with bar, replacing(out) as temporary, temporary.open("wb") as file:
         lines = _lines(source)
-        while rows := list(islice(lines, BATCHES * asker.generator.batch_rows)):
-            for result in _answer(asker, rows, shown, read_messages):
+        while results := _answer(asker, lines, shown, read_messages):
+            for result in results:
                 num_failed += "error" in result
                 file.write(line_of(result))
-            bar.update(len(rows))
+            bar.update(len(results))
     if num_failed:
         raise SampleError(
             f"{num_failed:,} of {total:,} rows of {source} have no answer; {out} says why in "
@@ -122,12 +124,13 @@ class _Shown:
 
 
 def _answer(
-    asker: Asker, rows: Sequence[tuple[int, bytes]], shown: _Shown, read_messages: ReadMessages
-) -> Iterable[dict[str, Any]]:
-    """What becomes of each row, in their order."""
+    asker: Asker, lines: Iterator[tuple[int, bytes]], shown: _Shown, read_messages: ReadMessages
+) -> Sequence[dict[str, Any]]:
+    """What becomes of the next rows, in their order; as many as BATCH_BYTES allow."""
     results: list[dict[str, Any]] = []
     prompts: dict[int, Prompt] = {}
-    for place, (number, line) in enumerate(rows):
+    held = 0
+    for place, (number, line) in enumerate(islice(lines, BATCHES * asker.generator.batch_rows)):
         result: dict[str, Any] = {"id": str(number)}
         results.append(result)
         try:
@@ -135,8 +138,11 @@ def _answer(
             if not is_empty(values.get("id")):
                 result["id"] = _writable(values["id"])
             prompts[place] = _prompt(asker, values, shown, read_messages)
+            held += sum(canvas.pixels.nbytes for canvas in prompts[place].images)
         except (SampleError, MachineError) as error:  # the answers to other rows took hours
             result["error"] = str(error)
+        if held > BATCH_BYTES:
+            break
     answers = asker.generator.answer(list(prompts.values()), quiet=True)
     for place, answer in zip(prompts, answers, strict=True):
         results[place]["prediction"] = answer
@@ -174,7 +180,9 @@ def _prompt(
     if strange := [image for image in images if not isinstance(image, str)]:
         raise SampleError(f"an image is a {type(strange[0]).__name__}, not a path")
     rules = asker.processor.rules
-    pictures = [open_picture(image, rules, shown.root, shown.reach) for image in images]
+    if len(images) > MAX_IMAGES:
+        raise SampleError(f"too many images: {len(images):,}, {MAX_IMAGES:,} at most")
+    pictures = (open_picture(image, rules, shown.root, shown.reach) for image in images)
     return asker.prompt(messages, pictures)
 
 

@@ -22,6 +22,7 @@ from phi3v.processing.keys import (
 )
 from phi3v.processing.prompt import Message, settle_tags
 
+MOST_TURNS = 10_000  # each takes 4 kB of memory before it is tokenised, however short it is
 ROLES = ("system", "user", "assistant")
 SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 COLUMN_OF = {"messages": "messages", "llava": "conversations", "texts": "texts"}
@@ -52,6 +53,8 @@ def read_chat(values: Mapping[str, Any], name: str, ignored: Collection[str] = (
     if not isinstance(turns, list) or not turns:
         what = "messages" if name == "messages" else "turns"
         raise SampleError(f"'{COLUMN_OF[name]}' is not a list of {what}")
+    if len(turns) > MOST_TURNS:
+        raise SampleError(f"too many turns: {len(turns):,}, {MOST_TURNS:,} at most")
     check_keys(values, known.row, ignored, "the row")
     key, held = pictures_of(values, ignored)
     if name == "messages" and key == "images" and not isinstance(held, list):

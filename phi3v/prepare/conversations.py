@@ -18,6 +18,7 @@ from phi3v.prepare.templates import FIELD, columns_of, fill, find, head_of, left
 from phi3v.processing.keys import PICTURE, as_list, check_keys, is_empty, passed_over
 from phi3v.processing.prompt import IMAGE_TAG, Message, image_tags, settle_tags
 
+LONGEST_ID = 10_000  # characters; as many ids as there are rows are in memory together
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 cannot
 
 
@@ -166,6 +167,8 @@ def read_conversation(row: Row, source: SourceSection) -> Conversation:
     if given is None and source.id:
         raise SampleError(f"column '{source.id}', which names the rows, is empty")
     name = str(row.number if given is None else given)
+    if len(name) > LONGEST_ID:
+        raise SampleError(f"an id is too long: {len(name):,} characters, {LONGEST_ID:,} at most")
     _check_unicode([name, *references, *(message["content"] for message in chat.messages)])
     messages = [_checked(message, position) for position, message in enumerate(chat.messages)]
     _check_turns(messages)

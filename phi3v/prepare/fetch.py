@@ -26,9 +26,10 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from phi3v.addresses import shown_url
 from phi3v.config.dataset import FetchSection
 from phi3v.errors import ConfigError, SampleError
-from phi3v.prepare.web import Client, shown_url
+from phi3v.prepare.web import Client
 from phi3v.printing import print
 
 HOSTS = "hosts"  # in the folder

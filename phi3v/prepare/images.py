@@ -19,12 +19,12 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from PIL import Image
 
+from phi3v.addresses import shown_reference, shown_url
 from phi3v.config.dataset import MAX_ROW_BYTES, ImagesSection
 from phi3v.content import has_image_signature
 from phi3v.errors import SampleError
 from phi3v.places import local_path, missing_image, read_image, shortened
 from phi3v.prepare.fetch import ImageCache
-from phi3v.prepare.web import shown_reference, shown_url
 from phi3v.processing.decoding import Picture, check_size, named, open_picture, reading
 from phi3v.processing.pixels import to_rgb
 from phi3v.reading import Reach
@@ -100,7 +100,7 @@ class ImageLoader:
             return data
         data = _base64(text)
         if data is None or not has_image_signature(data):
-            raise missing_image(self.root, text, self.reach, shown_reference)
+            raise missing_image(self.root, text, self.reach)
         return data
 
     def _fetched(self, url: str) -> bytes:

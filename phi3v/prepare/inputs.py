@@ -21,7 +21,7 @@ from phi3v.processing import Phi3VProcessor
 from phi3v.processing.decoding import Picture
 from phi3v.processing.keys import ROW_KEYS
 
-BATCH_BYTES = 64 << 20  # of images that stand in the rows themselves, held at once
+BATCH_BYTES = 64 << 20  # of texts and images that stand in the rows themselves, held at once
 
 Item = tuple[Row, Conversation | SampleError]
 """A row, and its conversation or why it has none."""
@@ -80,7 +80,7 @@ class Inputs:
             if not wanted[row.number - chunk.start]:
                 continue
             batch.append((row, _conversation(row, part.section, self.cfg)))
-            held += _held_bytes(batch[-1][1])
+            held += _held_bytes(*batch[-1])
             if held > BATCH_BYTES:
                 yield from _fetched(part.loader, batch)
                 batch, held = [], 0
@@ -133,6 +133,7 @@ def _conversation(
     if (images := len(conversation.images)) > cfg.max_images:
         return SampleError(f"too many images: {images:,}, max_images is {cfg.max_images:,}")
     characters = sum(len(message["content"]) for message in conversation.messages)
+    characters += sum(map(len, conversation.references))
     if characters > cfg.max_characters:
         return SampleError(
             f"too much text: {characters:,} characters, max_characters is {cfg.max_characters:,}"
@@ -140,12 +141,12 @@ def _conversation(
     return conversation
 
 
-def _held_bytes(item: Conversation | SampleError) -> int:
-    """Bytes of the images that a conversation carries itself."""
-    if isinstance(item, SampleError):
-        return 0
-    inner = [image.get("bytes") if isinstance(image, dict) else image for image in item.images]
-    return sum(len(image) for image in inner if isinstance(image, bytes | str))
+def _held_bytes(row: Row, item: Conversation | SampleError) -> int:
+    """Bytes of the texts and images that a row carries itself, those that stand by themselves."""
+    images = () if isinstance(item, SampleError) else item.images
+    held = [*row.values.values(), *images]
+    inner = [value.get("bytes") if isinstance(value, dict) else value for value in held]
+    return sum(len(value) for value in inner if isinstance(value, bytes | str))
 
 
 def _fetched(loader: ImageLoader, batch: list[Item]) -> Iterator[Item]:

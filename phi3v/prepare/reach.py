@@ -29,6 +29,8 @@ from phi3v.stored import read_object
 
 CARDS = ("README.md", ".huggingface.yaml")  # whose `configs` say what is read of a folder
 LISTS = {"dataset_dict.json": "splits", "state.json": "_data_files"}  # of what `datasets` saved
+OTHERS = ("dataset_infos.json", "dataset_info.json")  # that `datasets` reads as a whole
+MOST_BYTES = 1 << 24  # of each
 PICTURES = frozenset(ImageFolder.EXTENSIONS)  # which no one but `ImageLoader` opens
 
 
@@ -106,6 +108,15 @@ def _is_picture(file: str) -> bool:
 
 def _named(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Which files say what is read of a folder, and the paths that they name."""
+    for name in (*CARDS, *LISTS, *OTHERS):
+        if (
+            kind_at(folder / name) == PLAIN
+            and (size := (folder / name).stat().st_size) > MOST_BYTES
+        ):
+            raise ConfigError(
+                f"{folder / name} is too large: {size:,} bytes, {MOST_BYTES:,} at most, for all of "
+                "it is read; remove it"
+            )
     for name in CARDS:
         if (kind := kind_at(folder / name)) not in (None, PLAIN):
             raise ConfigError(f"{folder / name} is {kind}, not a file; remove it")

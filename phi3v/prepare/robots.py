@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from urllib.robotparser import RobotFileParser
 
 AGENT = "phi3v"  # the name to which a robots.txt may speak
+FIELDS = ("user-agent", "allow", "disallow", "")  # the last: an empty line ends a group
 MOST_BYTES = 500 * 1024  # of which RFC 9309 says that they must be read
 
 
@@ -48,5 +49,20 @@ class Robots:
     def _read(self, address: str) -> RobotFileParser:
         status, body = self._answer(address)
         rules = RobotFileParser()
-        rules.parse(body.decode("utf-8-sig", "replace").splitlines() if status == 200 else [])
+        lines = body.decode("utf-8-sig", "replace").splitlines() if status == 200 else []
+        rules.parse(list(filter(_is_of_rules, lines)))
         return rules
+
+
+def _is_of_rules(line: str) -> bool:
+    """Whether a line has a part in rules; Python's parser raises ValueError at some that have none:
+    of an address that is none, or of an odd number in a Crawl-delay.
+    """
+    field, _, value = line.partition("#")[0].partition(":")
+    if field.strip().lower() not in FIELDS:
+        return False
+    try:
+        urlsplit(value.strip())
+    except ValueError:
+        return False
+    return True

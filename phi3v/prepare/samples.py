@@ -60,8 +60,8 @@ class SampleBuilder:
         self, conversation: Conversation, ids: np.ndarray, labels: np.ndarray
     ) -> None:
         """Take the labels off the answers that are not trained."""
-        answers = _answers(conversation)
-        numbers = [answers.index(k) + 1 for k in conversation.untrained if k in answers]
+        answers = enumerate(_answers(conversation), 1)
+        numbers = [number for number, k in answers if k in conversation.untrained]
         labels[np.isin(np.cumsum(ids == self.assistant_id), numbers)] = IGNORED
 
     def build(

@@ -15,7 +15,7 @@ import pyarrow as pa
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import SampleError
 from phi3v.geometry import hd_layout, image_tokens
-from phi3v.prepare.conversations import Conversation, row_name
+from phi3v.prepare.conversations import LONGEST_ID, Conversation, row_name
 from phi3v.prepare.duplicates import THUMBNAIL, WORDS, perceptual_hash
 from phi3v.prepare.inputs import Input, Inputs
 from phi3v.prepare.plan import Chunk, write_table
@@ -135,9 +135,11 @@ def _saved(
 
 
 def row_id(row: Row, section: SourceSection) -> str | None:
-    """A row's own id as JSON, which alone can hold half of a surrogate pair."""
+    """A row's own id as JSON, which alone can hold half of a surrogate pair; of one that is too
+    long the beginning.
+    """
     name = row_name(row.values, section)
-    return None if name is None else json.dumps(str(name))
+    return None if name is None else json.dumps(str(name)[:LONGEST_ID])
 
 
 def reason_of(error: SampleError) -> str:

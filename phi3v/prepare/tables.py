@@ -36,6 +36,7 @@ BATCH_BYTES = 1 << 26
 
 TEXTS = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")  # of Parquet, of any length
 LIST_BYTES = 8  # of an item, at least, when it is plain
+OBJECT_BYTES = 64  # of a pair or an object, at least, when it is plain
 
 PARQUET, ARROW = "parquet", "arrow"
 
@@ -124,7 +125,8 @@ def refusing(name: str, kind: str) -> Iterator[None]:
             f"more than {UNPACKED_BYTES // 2**20:,} MiB, or than this machine has left; write it "
             "again with fewer rows in each"
         ) from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        # The last four: names of columns, and what a type of `datasets` makes of its metadata.
         if is_of_machine(error):
             raise
         raise ConfigError(
@@ -183,9 +185,14 @@ def _array_bytes(array: pa.Array) -> int:
     if pa.types.is_run_end_encoded(kind):
         return len(array) * array.values.nbytes
     if pa.types.is_struct(kind):
-        return sum(map(_array_bytes, array.flatten()))
+        return OBJECT_BYTES * len(array) + sum(map(_array_bytes, array.flatten()))
+    if pa.types.is_map(kind):
+        pairs = array.offsets[len(array)].as_py() - array.offsets[0].as_py()
+        parts = (part.slice(array.offsets[0].as_py(), pairs) for part in (array.keys, array.items))
+        return OBJECT_BYTES * (len(array) + pairs) + sum(map(_array_bytes, parts))
     if is_list(kind):
-        return LIST_BYTES * len(array) + _array_bytes(array.flatten())
+        items = array.flatten()  # of the smallest a list has a pointer, and no more
+        return LIST_BYTES * (len(array) + len(items)) + _array_bytes(items)
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         return (
             array.cast(pa.large_binary()).nbytes if len(array) == 1 else len(array) * array.nbytes

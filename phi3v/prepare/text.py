@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 from phi3v.errors import ConfigError
 from phi3v.lines import MOST_VALUES, ROW_BYTES, next_line, size_fault
 from phi3v.prepare.rows import Row
-from phi3v.processing.keys import unique
+from phi3v.processing.keys import repeated, unique
 
 DELIMITERS = (",", ";", "\t", "|")  # that a first line may tell
 MARK = 256  # rows from one marked place to the next
@@ -211,9 +211,9 @@ class CsvRecords:
 
 def _read_header(path: Path, records: CsvRecords) -> Sequence[str]:
     _, header, broken = next(records, (1, [], None))
-    twice = [name for name in header if header.count(name) > 1]
-    if broken or twice:
-        problem = f"has two columns named '{twice[0]}'" if twice else f"'s header {broken}"
+    twice = repeated(header)
+    if broken or twice is not None:
+        problem = f"'s header {broken}" if twice is None else f"has two columns named '{twice}'"
         raise ConfigError(f"source.path {path} {problem}; mend its first line")
     return header
 

@@ -118,7 +118,7 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
     """What `datasets` says of the columns."""
     try:
         found = json.loads((schema.metadata or {}).get(FEATURES, b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError):  # other tools may write there
+    except (ValueError, KeyError, TypeError, RecursionError):  # other tools may write there
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -133,8 +133,9 @@ def _classes(feature: Any) -> Mend | None:
     if not isinstance(feature, dict):
         return None
     kind = feature.get("_type")
-    if kind == "ClassLabel" and feature.get("names"):
-        names = feature["names"]
+    if kind == "ClassLabel" and (names := feature.get("names")):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return None  # not as `datasets` writes them
         return lambda value: _named(value, names)
     if kind in LISTS:
         return _of_items(_classes(feature.get("feature")))
@@ -149,6 +150,8 @@ def _named(value: Any, names: Sequence[str]) -> Any:
         return [_named(item, names) for item in value]
     if value is None or value == -1:
         return None
+    if not isinstance(value, int):
+        raise ValueError(f"a class is a {type(value).__name__}, not a number")
     if not 0 <= value < len(names):
         raise ValueError(f"class {value} is none of the {len(names)} that have a name")
     return ClassName(names[value], value)

@@ -21,12 +21,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from mimetypes import common_types, types_map
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import httpcore
 
+from phi3v.addresses import shown_url
 from phi3v.config.dataset import FetchSection
 from phi3v.content import HEAD, content_kind, has_image_signature, unquoted
 from phi3v.errors import SampleError
@@ -43,39 +45,12 @@ OVERLOADED = {408, 425, 429}  # like 5xx, worth another try
 OWN_WANT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}  # of this machine, not a host
 TOO_MANY, UNAVAILABLE = 429, 503  # answers for the whole host, the latter if it says for how long
 AGENT = "phi3v dataset preparation"
+CONTENT_TYPES = frozenset({*types_map.values(), *common_types.values(), "image/jpg"})
 UNSENDABLE = "it has characters that cannot be sent"
 QUOTED = "/%:@!$&'()*+,;=~?-._[]"  # stay as they are in a path or query
 HOST = re.compile(r"[\w.:%-]+", re.ASCII)
-ADDRESS = re.compile(r"([^:/?#]*:)?([/\\]*)(.*)", re.DOTALL)  # scheme, slashes and the rest
-PLAIN_HOST = re.compile(r"[\w-]+(\.[\w-]+)+\.?(?=[/?#]|\Z)")  # example.org, without a port
-BAD_PORT = re.compile(r"([^/?#\[\]:]*:)(?!\d*([/?#]|\Z))[^/?#]*")  # me:pw, cut off before its @
-DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)  # of Windows
 
 Taken = TypeVar("Taken")
-
-
-def shown_url(url: str) -> str:
-    """An address without what may be secret: https://me:pw@x.org/a?key=1 -> https://x.org/a?...
-
-    The query and the fragment are left out as a whole, for they may hold a signature or a token. Of
-    an address that is not written as it should be (http://me:s3/cret@x.org/ -> http://...@x.org/)
-    all up to its last @ is left out, unless it begins with the plain name of a host.
-    """
-    found = ADDRESS.match(url)
-    assert found
-    scheme, slashes, rest = found[1] or "", *found.groups()[1:]
-    if "@" in rest and not PLAIN_HOST.match(rest):
-        mark = "" if re.fullmatch(r"[^@/?#\\]*@[^@]*", rest) else "...@"
-        rest = mark + rest.rpartition("@")[2]
-    rest, query, _ = rest.partition("#")[0].partition("?")
-    rest = BAD_PORT.sub(r"\1...", rest, count=1) if BAD_PORT.match(rest) else rest
-    return f"{scheme}{slashes}{rest}{'?...' if query else ''}"
-
-
-def shown_reference(text: str) -> str:
-    """A path as it is, an address as `shown_url`; also one that is none: http:/me:pw@x.org/a."""
-    is_address = "://" in text or ":" in text.rpartition("@")[0]
-    return shown_url(text) if is_address and not DRIVE.match(text) else text
 
 
 class _Again(Exception):
@@ -354,7 +329,11 @@ def _header(response: httpcore.Response, name: str) -> str:
 
 
 def _content_type(response: httpcore.Response) -> str:
-    return _header(response, "content-type").partition(";")[0][:60] or "no content type"
+    """What a host says that its answer is, in words of ours: its own could be anything."""
+    said = _header(response, "content-type").partition(";")[0].strip().lower()
+    if not said:
+        return "no content type"
+    return said if said in CONTENT_TYPES else "a content type that is not known"
 
 
 def _retry_after(response: httpcore.Response) -> float | None:
@@ -362,7 +341,7 @@ def _retry_after(response: httpcore.Response) -> float | None:
     text = _header(response, "retry-after")
     try:
         seconds = float(text) if text.isdecimal() else _seconds_until(text)
-    except (ValueError, TypeError):  # TypeError: a date without a zone
+    except (ValueError, TypeError, OverflowError):  # TypeError: a date without a zone
         return None
     return max(0.0, seconds)
 

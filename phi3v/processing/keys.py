@@ -8,7 +8,8 @@ recipe's `source.ignore` names what may be passed over. docs/data.md shows these
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import chain
@@ -163,11 +164,15 @@ def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(
-            f"an object has the key {next(k for k in keys if keys.count(k) > 1)!r} twice"
-        )
+        key = repeated(key for key, _ in pairs)
+        raise ValueError(f"an object has the key {key!r} twice")
     return values
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there twice; None if none is."""
+    counts = Counter(names)
+    return next((name for name, count in counts.items() if count > 1), None)
 
 
 def is_empty(value: Any) -> bool:

@@ -126,6 +126,8 @@ def _is_plain_png(data: bytes) -> bool:
         place += 12 + length
         if name == b"IEND":
             break
+        if name == b"IHDR" and others:
+            return False  # Pillow takes the last one's word for width and height
         if name == b"IDAT":
             of_pixels += 1
         elif name == b"acTL" or (name == b"eXIf" and length > MOST_EXIF):

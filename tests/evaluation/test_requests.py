@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from phi3v.evaluation import ask, requests
 from phi3v.evaluation.ask import Asker, open_shown
 from phi3v.evaluation.models import open_model
 from phi3v.evaluation.requests import answer_file, check_files
+from phi3v.pictures import PUBLISHED
 from phi3v.prepare.chats import read_messages
 from phi3v.processing import Phi3VProcessor
 from tests.tiny import write_jsonl, write_picture
@@ -350,3 +352,67 @@ def test_questions_from_a_pipe_are_refused(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"--jsonl {tmp_path / 'in.jsonl'} is a pipe; name a file of JSON lines"
     )
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:PASSWORD@h/a.png",
+        "http:/me:PASSWORD@h/a.png",
+        "sftp://me:PASSWORD@h/a.png",
+        "htp://me:PASS/WORD@h/a.png",
+        "https://h/a.png?key=PASSWORD",
+    ],
+)
+def test_no_password_of_an_address_is_written_down(address: str) -> None:
+    with pytest.raises(SampleError) as raised:
+        ask.open_picture(address, PUBLISHED)
+    assert "WORD" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "What?", "images": ["a.png"] * 129}, "too many images: 129, 128 at most"),
+        ({"prompt": "a" * 1_000_001}, "too much text: 1,000,001 characters, 1,000,000 at most"),
+        (
+            {"messages": [{"role": "user", "content": "a"}] * 10_001},
+            "too many turns: 10,001, 10,000 at most",
+        ),
+    ],
+)
+def test_a_row_takes_no_more_than_one_of_a_dataset(
+    row: dict[str, Any], reason: str, asker: Asker, tmp_path: Path
+) -> None:
+    assert asked(asker, tmp_path, [row]) == [{"id": "1", "error": reason}]
+
+
+def test_pictures_of_a_row_are_in_memory_one_at_a_time_and_their_canvases_have_a_limit(
+    asker: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_picture(tmp_path / "a.png")
+    opened = mock.Mock(wraps=ask.open_picture)
+    monkeypatch.setattr(requests, "open_picture", opened)
+    size = asker.processor.canvas(open_shown(tmp_path / "a.png")).nbytes
+    monkeypatch.setattr(ask, "MAX_ROW_BYTES", 2 * size)
+    (result,) = asked(asker, tmp_path, [{"prompt": "What?", "images": ["a.png"] * 9}])
+    reason = f"images take too many bytes: {3 * size:,} for 3 images, {2 * size:,} at most"
+    assert result["error"] == reason and opened.call_count == 3
+
+
+def test_rows_are_held_as_far_as_their_canvases_allow_and_no_answer_changes(
+    asker: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_picture(tmp_path / "a.png")
+    rows = [{"prompt": "What?", "images": ["a.png"]}] * 3
+    together = asked(asker, tmp_path, rows)
+    monkeypatch.setattr(requests, "BATCH_BYTES", 0)
+    assert asked(asker, tmp_path, rows) == together
+
+
+def asked(asker: Asker, folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is written of rows, some of which may have no answer."""
+    out = folder / "out.jsonl"
+    with contextlib.suppress(SampleError):
+        answer_file(asker, write_jsonl(folder / "in.jsonl", rows), out, read_messages)
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

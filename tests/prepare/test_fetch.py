@@ -12,17 +12,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpcore
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi3v.addresses import shown_reference, shown_url
 from phi3v.config.dataset import FetchSection, ImagesSection
 from phi3v.errors import ConfigError, MachineError, SampleError
+from phi3v.prepare import web
 from phi3v.prepare.fetch import ImageCache, local_images
 from phi3v.prepare.images import ImageLoader
 from phi3v.prepare.network import NAT64, is_public
+from phi3v.prepare.robots import Robots
 from phi3v.prepare.scan import reason_of
-from phi3v.prepare.web import MAX_PAUSE, shown_reference, shown_url
+from phi3v.prepare.web import MAX_PAUSE
 from tests.commands import ROOT
 from tests.prepare.hosts import Host, jpeg
 
@@ -512,3 +516,42 @@ def test_a_want_of_this_machine_is_not_the_addresses_fault(
     for ask in (cache.get, lambda url: cache.prefetch([url])):
         with pytest.raises(MachineError, match="image at http://.*/good.jpg cannot be read"):
             ask(host.url("/good.jpg"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Wed, 21 Oct 2026 07:28:00 +999999999999999999",
+        "Wed, 21 Oct 2026 99999999999999999999:28:00 GMT",
+        "soon",
+        "1e9",
+    ],
+)
+def test_a_time_to_wait_that_is_none_is_passed_over(said: str) -> None:
+    assert web._retry_after(httpcore.Response(429, headers=[("Retry-After", said)])) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("image/PNG; x=y", "image/png"),
+        ("AKIA5SECRET", "a content type that is not known"),
+        ("secret/token", "a content type that is not known"),
+        ("", "no content type"),
+    ],
+)
+def test_no_byte_of_a_content_type_is_told_that_is_not_one_of_those_known(
+    said: str, told: str
+) -> None:
+    response = httpcore.Response(200, headers=[("Content-Type", said)])
+    assert web._content_type(response) == told
+
+
+@pytest.mark.parametrize(
+    "line", ["Crawl-delay: \u00b2", "Request-rate: 1/\u00b2", "Disallow: http://[::1", "x: //["]
+)
+def test_a_line_of_robots_txt_that_cannot_be_read_is_passed_over(line: str) -> None:
+    text = f"User-agent: *\n{line}\nDisallow: /closed\n"
+    rules = Robots(lambda _: (200, text.encode()))
+    assert rules.allow("http://example.org/a") and not rules.allow("http://example.org/closed/a")

@@ -115,3 +115,9 @@ def test_a_jpeg_is_looked_through_in_time_that_its_length_bounds() -> None:
 def test_a_webp_says_its_size_before_it_is_opened(options: dict[str, Any]) -> None:
     assert webp_size(saved("WEBP", noise(Random(0), 301, 7), **options)) == (301, 7)
     assert webp_size(JPEG) is None and webp_size(b"RIFF") is None
+
+
+def test_a_png_with_a_second_header_whose_size_pillow_takes_is_not_plain() -> None:
+    """The first may say 4 x 4 pixels, the second 10,000 x 10,000."""
+    small, large = (png_of(side, side, b"\0" * 4, color=0) for side in (2, 10_000))
+    assert is_plain(small) and not is_plain(small[:33] + large[8:33] + small[33:])
