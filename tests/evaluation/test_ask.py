@@ -204,7 +204,9 @@ def test_a_file_of_a_model_that_is_not_what_its_name_says_is_named(
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_a_file_of_a_model_with_a_byte_order_mark_is_named(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
-    with pytest.raises(ConfigError, match=f"{name} is not valid JSON .Unexpected UTF-8 BOM"):
+    with pytest.raises(
+        ConfigError, match=f"{name} is not valid JSON at line 1: Unexpected UTF-8 BOM"
+    ):
         Phi3VProcessor.from_pretrained(folder)
 
 

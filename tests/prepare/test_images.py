@@ -157,7 +157,7 @@ def test_an_absolute_path_starts_at_no_root(tmp_path: Path) -> None:
         (b"", "image cannot be read: 0 bytes, it has 0 bytes"),
         (
             b"<html>404</html>",
-            "image cannot be read: 16 bytes, cannot identify image file, it is a text",
+            "image cannot be read: 16 bytes, cannot identify image file, it is a web page",
         ),
         (
             b"%PDF-1.7\n",
