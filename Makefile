@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 LOCK := $(wildcard lock/*.txt)
 
-.PHONY: setup demo test fast check soak mutants bench gpu lock audit format clean
+.PHONY: setup demo test fast nightly check soak mutants bench gpu lock audit format clean
 
 setup: $(READY)
 
@@ -18,7 +18,11 @@ demo: setup
 	$(BIN)/python launch/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not nightly"
+
+# The benchmarks, each at its smallest: they measure more than they test.
+nightly: setup
+	$(BIN)/python -m pytest -n 2 --dist load -m nightly
 
 fast: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -55,7 +55,7 @@ def find(check, verdict):
 {program}
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @cache
