@@ -21,6 +21,7 @@ SHORT = ["train.max_steps=2", "eval.rows=4"]
 ELSEWHERE = {
     "make setup": "is what makes this test's environment",
     "make test": "is what runs this test",
+    "make nightly": "is what .ci/run ends with",
     "make demo": "tests/test_demo.py",
     "make soak": "tests/distributed/test_kills.py and test_soak.py, a few times",
     "make mutants": "tests/test_mutants.py, on faults of its own",
