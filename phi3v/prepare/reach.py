@@ -24,7 +24,7 @@ from phi3v.config import read_yaml
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError
 from phi3v.places import local_path
-from phi3v.reading import PLAIN, Reach, kind_at
+from phi3v.reading import FOLDER, HIDDEN, PLAIN, Reach, kind_at
 from phi3v.stored import read_object
 
 CARDS = ("README.md", ".huggingface.yaml")  # whose `configs` say what is read of a folder
@@ -40,6 +40,19 @@ def image_root(section: SourceSection) -> Path:
         return local_path(section.image_root)
     path = local_path(section.paths[0])
     return path.parent if path.exists() else Path()
+
+
+def check_named(section: SourceSection) -> None:
+    """Refuse folders of pictures that the recipe names and that are none.
+
+    Raises: ConfigError naming the first.
+    """
+    named = [("image_root", section.image_root)] if section.image_root else []
+    named += [("image_folders", folder) for folder in section.image_folders or ()]
+    for key, folder in named:
+        if (kind := kind_at(local_path(folder))) not in (FOLDER, HIDDEN):
+            what = f"is {kind}, not a folder" if kind else "does not exist"
+            raise ConfigError(f"source.{key} {folder} {what}; name the folder of the pictures")
 
 
 def reach(section: SourceSection) -> Reach:

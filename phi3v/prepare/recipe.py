@@ -18,6 +18,7 @@ from phi3v.prepare.conversations import check_columns, check_hits
 from phi3v.prepare.convert import convert_digest
 from phi3v.prepare.inputs import open_processor
 from phi3v.prepare.plan import START_ANEW, Plan, WorkFolder
+from phi3v.prepare.reach import check_named
 from phi3v.prepare.sources import Source, open_source, source_digest
 from phi3v.printing import print
 from phi3v.processing.processor import model_file
@@ -48,6 +49,8 @@ def resolved_recipe(cfg: DatasetConfig, known: Path | None = None) -> dict[str, 
     recipe = {k: v for k, v in told if k not in HOW and not (k in LIMITS and v == default[k])}
     recipe["source"] = _without_told(recipe["source"])
     processor = open_processor(cfg, cfg.sources[0])
+    for section in cfg.sources:
+        check_named(section)
     files = _Digests(known)
     digests = [
         retried(partial(source_digest, section, files.digest), f"source.path {section.path}")

@@ -156,6 +156,18 @@ def test_a_root_that_is_named_is_what_counts(
     assert taken == ["good", "whole"] and list(reasons) == ["own"]
 
 
+@pytest.mark.parametrize("key", ["image_root", "image_folders"])
+def test_a_folder_of_pictures_that_is_none_is_refused_before_a_row_is_read(
+    folder: Path, tmp_path: Path, tiny_model: Path, key: str
+) -> None:
+    source = {"path": str(write_jsonl(folder / "rows.jsonl", [row("good", "a.png")]))}
+    for name, what in (("pcitures", "does not exist"), ("a.png", "is a file, not a folder")):
+        place = str(folder / name)
+        named = {key: place if key == "image_root" else [place]}
+        with pytest.raises(ConfigError, match=f"^source.{key} {place} {what}; name the folder"):
+            made(tiny_model, tmp_path / "out", source | named)
+
+
 def test_a_folder_of_pictures_may_hold_links_that_stay_in_it(
     folder: Path, home: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
