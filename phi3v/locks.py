@@ -73,11 +73,11 @@ def take(path: Path, is_shared: bool = False, patience: float = 0.0, name: str =
 
 
 @contextmanager
-def locked(path: Path, is_shared: bool = False, waits: bool = False) -> Iterator[None]:
+def locked(path: Path, is_shared: bool = False, waits: bool = False) -> Iterator["Lock"]:
     """Hold a lock for a while; `waits` for its owner's end, however long that is."""
     lock = take(path, is_shared, inf if waits else 0.0)
     try:
-        yield
+        yield lock
     finally:
         lock.close()
 

@@ -24,7 +24,7 @@ from phi3v.data.format import MANIFEST, read_manifest
 from phi3v.data.verification import check_files, listed_files
 from phi3v.errors import ConfigError
 from phi3v.files import publish
-from phi3v.locks import locked
+from phi3v.locks import Lock, locked
 from phi3v.prepare import rejections
 from phi3v.prepare.inputs import open_inputs
 from phi3v.prepare.joining import join_scans
@@ -75,7 +75,7 @@ def prepare(cfg: DatasetConfig, say: Say = print) -> dict[str, Any]:
     """
     if manifest := _existing(cfg, say):
         return manifest
-    with _work_folder(cfg, is_shared=False) as work:
+    with _work_folder(cfg, is_shared=False) as (work, lock):
         if manifest := _unnamed(cfg, work):
             return _give_name(cfg, work, manifest)
         recipe, different = begin(cfg, work)
@@ -84,9 +84,9 @@ def prepare(cfg: DatasetConfig, say: Say = print) -> dict[str, Any]:
             say(f"{work.path} held work on another recipe ({', '.join(different)}): started afresh")
         plan = make_plan(cfg, recipe, work, say)
         if _scan_is_due(plan, work):
-            _scan(cfg, plan, work, Part())
+            _scan(cfg, plan, work, Part(), lock)
             join_scans(cfg, plan, work)
-        _write(cfg, plan, work, Part())
+        _write(cfg, plan, work, Part(), lock)
         return _publish(cfg, plan, work)
 
 
@@ -98,10 +98,10 @@ def prepare_part(cfg: DatasetConfig, part: Part, say: Say = print) -> None:
     if _existing(cfg, say):
         say(f"{cfg.out} is up to date")
         return
-    with _work_folder(cfg, is_shared=True) as work:
+    with _work_folder(cfg, is_shared=True) as (work, lock):
         plan = make_plan(cfg, _same_recipe(cfg, work), work, say)
         name, do = ("scan", _scan) if _scan_is_due(plan, work) else ("write", _write)
-        do(cfg, plan, work, part)
+        do(cfg, plan, work, part, lock)
         say(f"{name}: part {part.number} of {part.count} is done; after the last part: --merge")
 
 
@@ -112,7 +112,7 @@ def merge(cfg: DatasetConfig, say: Say = print) -> dict[str, Any] | None:
     """
     if manifest := _existing(cfg, say):
         return manifest
-    with _work_folder(cfg, is_shared=False) as work:
+    with _work_folder(cfg, is_shared=False) as (work, lock):
         if manifest := _unnamed(cfg, work):
             return _give_name(cfg, work, manifest)
         recipe = _same_recipe(cfg, work)
@@ -171,12 +171,13 @@ def _existing(cfg: DatasetConfig, say: Say) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _work_folder(cfg: DatasetConfig, is_shared: bool) -> Iterator[WorkFolder]:
+def _work_folder(cfg: DatasetConfig, is_shared: bool) -> Iterator[tuple[WorkFolder, Lock]]:
+    """The folder of unfinished work, and the lock on it, which a purge of old files may remove."""
     out = Path(cfg.out).absolute()
     work = WorkFolder(out.with_name(f".{out.name}.partial"))
     work.path.mkdir(parents=True, exist_ok=True)
-    with locked(work.lock, is_shared):
-        yield work
+    with locked(work.lock, is_shared) as lock:
+        yield work, lock
 
 
 def _same_recipe(cfg: DatasetConfig, work: WorkFolder) -> dict[str, Any]:
@@ -208,7 +209,7 @@ def _planned(work: WorkFolder) -> list[Shard]:
     return shards
 
 
-def _scan(cfg: DatasetConfig, plan: Plan, work: WorkFolder, part: Part) -> None:
+def _scan(cfg: DatasetConfig, plan: Plan, work: WorkFolder, part: Part, lock: Lock) -> None:
     mine = part.of(plan.chunks)
     left = set(_unscanned(plan, work))
     finished = [chunk for chunk in mine if chunk not in left]
@@ -223,17 +224,19 @@ def _scan(cfg: DatasetConfig, plan: Plan, work: WorkFolder, part: Part) -> None:
     with tally:
         for done in work_off(open_inputs, (cfg, plan, work), scan_chunk, todo, cfg.workers):
             tally.add(done)
+            lock.check()
             if rejections.is_too_many(tally.rejected, cfg, plan):
                 break
     seen = [chunk for chunk in mine if work.scan(chunk).is_file()]
     rejections.check_share(cfg, plan, work, list(rejections.in_scan(plan, work, seen)))
 
 
-def _write(cfg: DatasetConfig, plan: Plan, work: WorkFolder, part: Part) -> None:
+def _write(cfg: DatasetConfig, plan: Plan, work: WorkFolder, part: Part, lock: Lock) -> None:
     todo = _unwritten(part.of(_planned(work)), work)
     with Tally(f"write {cfg.out}", total=_samples(work, todo), finished=0) as tally:
         for done in work_off(open_inputs, (cfg, plan, work), write_shard, todo, cfg.workers):
             tally.add(done)
+            lock.check()
 
 
 def _samples(work: WorkFolder, shards: Sequence[Shard]) -> int:

@@ -18,8 +18,9 @@ from PIL import Image
 from phi3v.config import DatasetConfig
 from phi3v.data import Dataset
 from phi3v.errors import ConfigError
-from phi3v.locks import locked
+from phi3v.locks import locked, take
 from phi3v.prepare import Part, dataset, merge, prepare, prepare_part
+from phi3v.prepare.scan import scan_chunk
 from tests.commands import LAUNCH, run, start
 from tests.tiny import recipe, turn, write_jsonl, write_picture
 
@@ -163,6 +164,26 @@ def test_two_at_once_are_refused_and_parts_are_not(
             merge(cfg)
     with locked(lock, is_shared=False), pytest.raises(ConfigError, match="is in use by"):
         prepare_part(cfg, Part(2, 2))
+    prepare(cfg)
+
+
+def test_one_whose_lock_was_purged_and_taken_leaves_the_folder_to_the_other(
+    rows: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, lock = config(rows, tiny_model, tmp_path / "out"), tmp_path / ".out.partial/lock"
+    others = []
+
+    def purge_and_take(*arguments: Any) -> Any:
+        lock.unlink()
+        others.append(take(lock))
+        return scan_chunk(*arguments)
+
+    monkeypatch.setattr(dataset, "scan_chunk", purge_and_take)
+    with pytest.raises(ConfigError, match="lock was removed, and .* is in use by process"):
+        prepare(cfg)
+    monkeypatch.undo()
+    assert len(others) == 1
+    others[0].close()
     prepare(cfg)
 
 
