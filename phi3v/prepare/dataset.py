@@ -182,8 +182,8 @@ def _work_folder(cfg: DatasetConfig, is_shared: bool) -> Iterator[WorkFolder]:
     if work.path.is_symlink() or (work.path.exists() and not work.path.is_dir()):
         what = "a link" if work.path.is_symlink() else "no folder"
         raise ConfigError(
-            f"{work.path}, where the unfinished work on {cfg.out} lies, is {what}; it is cleared and "
-            "becomes the dataset, so move that away, or name another out"
+            f"{work.path}, where the unfinished work on {cfg.out} lies, is {what}; it is cleared "
+            "and becomes the dataset, so move that away, or name another out"
         )
     work.path.mkdir(parents=True, exist_ok=True)
     with locked(work.lock, is_shared):
