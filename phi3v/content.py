@@ -7,6 +7,8 @@ import re
 from codecs import getincrementaldecoder
 from pathlib import Path
 
+from phi3v.errors import naming
+
 HEAD = 512  # bytes that tell what a file is
 PICTURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM|II[*+]\0|MM\0[*+]|....ftyp(?:avi[fs]|m[is]f1)"
@@ -49,7 +51,7 @@ def disguise(path: Path) -> str | None:
 
     None for a file that may be what it should.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return disguise_of(file.read(HEAD))
 
 

@@ -15,6 +15,10 @@ into their exit code (2; 1 for Disagreement, 75 for Stopped) and that one line o
 else is a defect and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class Phi3VError(Exception):
     """Something the user can fix; its message says how."""
@@ -74,3 +78,14 @@ class Stopped(Phi3VError):
     """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of reading or writing name the file, which the system's own does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from phi3v.errors import naming
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -39,17 +41,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have an error of reading or writing name the file, which the system's own does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(path)
-        raise
-
-
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -78,7 +69,7 @@ def publish(partial: Path, final: Path) -> None:
 def sha256(path: Path, told: Callable[[int], object] = lambda size: None) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; `told` hears of the bytes of each block."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
             told(len(block))

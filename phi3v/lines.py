@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from phi3v.errors import CheckpointError, Phi3VError
-from phi3v.files import naming, replacing
+from phi3v.errors import CheckpointError, Phi3VError, naming
+from phi3v.files import replacing
 from phi3v.output import say
+from phi3v.shapes import Kind, fault_of
 
 BLOCK = 1 << 16  # bytes of a file's end that are looked at before an append
 ROW_BYTES = 1 << 27
@@ -62,6 +63,17 @@ def parse_line(line: bytes, parse: Parse = json.loads) -> dict[str, Any]:
     return value
 
 
+def read_record(line: bytes, kind: Kind) -> dict[str, Any]:
+    """The record of a line, if it holds what it must.
+
+    Raises: ValueError saying why it does not.
+    """
+    record = parse_line(line)
+    if fault := fault_of(record, kind):
+        raise ValueError(fault)
+    return record
+
+
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of records atomically."""
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -74,8 +86,9 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
     Raises: ValueError as `line_of`; OSError naming the file.
     """
     line = line_of(value)
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # it may be anybody's
     with naming(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        handle = os.open(path, flags, 0o666)
         try:
             size = _cut_end(handle, path)
             try:
@@ -88,8 +101,12 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
             os.close(handle)
 
 
-def read_lines(path: Path, error: type[Phi3VError] = CheckpointError) -> list[dict[str, Any]]:
+def read_lines(
+    path: Path, error: type[Phi3VError] = CheckpointError, kind: Kind = object
+) -> list[dict[str, Any]]:
     """The records of a file that may be missing, without an end that is torn.
+
+    kind  what each must hold
 
     Raises: `error` naming the first line that is no record and is not the file's end.
     """
@@ -97,7 +114,8 @@ def read_lines(path: Path, error: type[Phi3VError] = CheckpointError) -> list[di
         return []
     with naming(path):
         data = path.read_bytes()
-    return [_record(path, number, line, error) for number, line in _split(data[: _whole_end(data)])]
+    lines = _split(data[: _whole_end(data)])
+    return [_record(path, number, line, error, kind) for number, line in lines]
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -105,7 +123,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
     Each as `next_line` gives it.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         lines = enumerate(iter(partial(next_line, file), b""), 1)
         yield from ((number, line) for number, line in lines if line.strip())
 
@@ -131,9 +149,11 @@ def size_fault(line: bytes) -> str | None:
     return None
 
 
-def _record(path: Path, number: int, line: bytes, error: type[Phi3VError]) -> dict[str, Any]:
+def _record(
+    path: Path, number: int, line: bytes, error: type[Phi3VError], kind: Kind
+) -> dict[str, Any]:
     try:
-        return parse_line(line)
+        return read_record(line, kind)
     except ValueError as reason:
         raise error(
             f"{path} is damaged: line {number:,} {reason}; bring the file back from a copy, or "

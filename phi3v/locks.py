@@ -33,8 +33,7 @@ from pathlib import Path
 
 import psutil
 
-from phi3v.errors import ConfigError
-from phi3v.files import naming
+from phi3v.errors import ConfigError, naming
 from phi3v.output import say
 
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -54,6 +53,11 @@ def take(path: Path, is_shared: bool = False, patience: float = 0.0, name: str =
     Raises: ConfigError naming who holds it, or what is there that is no lock of ours.
     """
     deadline, name = time.monotonic() + patience, name or str(path.parent)
+    with naming(path):
+        return _take(path, is_shared, deadline, name)
+
+
+def _take(path: Path, is_shared: bool, deadline: float, name: str) -> "Lock":
     _check_folder(path.parent)
     while True:
         handle = _open(path)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from phi3v.errors import CheckpointError, Phi3VError
+from phi3v.errors import CheckpointError, Phi3VError, naming
 from phi3v.reading import HIDDEN, PLAIN, kind_at, retried
 
 MOST_BYTES = 1 << 26
@@ -29,7 +29,7 @@ def read_bytes(path: Path) -> bytes:
     kind = kind_at(path)
     if kind is not None and kind not in (PLAIN, HIDDEN):
         raise ValueError(f"is {kind}, not a file")
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(f"is too large: more than {MOST_BYTES:,} bytes")

@@ -1,11 +1,16 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import errno
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from phi3v import stored
+from phi3v.content import disguise
 from phi3v.files import publish, sha256, write_json, write_text
 
 
@@ -66,3 +71,18 @@ def test_a_digest_is_that_of_all_bytes(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000  # more than one block of 1 MiB
     (tmp_path / "a").write_bytes(data)
     assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+class Failing(type(Path())):  # type: ignore[misc]
+    """A file that can be opened, and whose disk then fails."""
+
+    def open(self, *_: object, **__: object) -> Any:
+        return open("/proc/self/mem", "rb")  # reading at 0 is an input/output error
+
+
+@pytest.mark.parametrize("read", [sha256, disguise, stored.read_bytes])
+def test_a_disk_that_fails_is_told_with_the_file(read: Callable[[Path], object]) -> None:
+    path = Failing("pears.csv")
+    with pytest.raises(OSError) as failed:
+        read(path)
+    assert (failed.value.errno, failed.value.filename) == (errno.EIO, "pears.csv")

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "phi3v"
 
 # A layer may import those below it; packages of one line do not import each other.
 LAYERS = (
-    {"errors", "printing"},
+    {"errors", "printing", "shapes"},
     {"addresses", "content"},
     {"reading"},
     {"stored"},

@@ -188,3 +188,11 @@ def test_a_block_of_nuls_at_the_end_is_no_record_though_its_line_has_an_end(path
 def test_only_a_line_feed_ends_a_line_whoever_wrote_the_file(path: Path) -> None:
     path.write_bytes('{"a": "x\u2028y\u0085z",\r"b": 1}\r\n\r\n{"a": 2}\n'.encode())
     assert read_lines(path) == [{"a": "x\u2028y\u0085z", "b": 1}, {"a": 2}]
+
+
+def test_a_link_is_not_appended_to(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "lines.jsonl").symlink_to(tmp_path / "notes")
+    with pytest.raises(OSError, match="lines.jsonl"):
+        append_line(tmp_path / "lines.jsonl", {"step": 1})
+    assert (tmp_path / "notes").read_text() == "mine"

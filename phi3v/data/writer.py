@@ -24,7 +24,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from phi3v.data.codecs import Codec
 from phi3v.data.format import INDEX_SCHEMA, SCHEMA
-from phi3v.errors import ShardError
+from phi3v.errors import ShardError, naming
 from phi3v.files import replacing, sha256
 from phi3v.geometry import grid_of, image_tokens
 from phi3v.sample import IGNORED, Canvas, Sample, count_views
@@ -141,7 +141,7 @@ class _HashedFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self.size, self.digest = 0, hashlib.sha256()
         self.message, self._begins = xxh3_64(), 0
-        self._file = path.open("wb")
+        self.path, self._file = path, path.open("wb")
         self._forgotten = 0
 
     def writable(self) -> bool:
@@ -152,7 +152,8 @@ class _HashedFile(io.RawIOBase):
         self.message, self._begins = xxh3_64(), offset
 
     def write(self, data: Any) -> int:
-        self._file.write(data)
+        with naming(self.path):
+            self._file.write(data)
         self.digest.update(data)
         self.message.update(memoryview(data)[max(0, self._begins - self.size) :])
         self.size += len(data)
@@ -162,12 +163,14 @@ class _HashedFile(io.RawIOBase):
 
     def _forget(self) -> None:
         """Start writing what is not on the disk yet, and drop what is."""
-        self._file.flush()
+        with naming(self.path):
+            self._file.flush()
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._forgotten = self.size
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
         super().close()
 
 

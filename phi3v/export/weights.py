@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from phi3v.errors import naming
 from phi3v.files import write_json
 from phi3v.model.weights import INDEX, SINGLE
 from phi3v.progress import progress
@@ -40,10 +41,11 @@ def write_weights(
     files = file_names(len(shards))
     with progress(None, "write", "B", sum(sizes.values()), unit_scale=True, leave=False) as bar:
         for file, shard in zip(files, shards, strict=True):
-            with (out / file).open("wb") as handle:
+            with naming(out / file), (out / file).open("wb") as handle:
                 handle.write(_header({n: (weights.shapes()[n], sizes[n]) for n in shard}, dtype))
                 for name in shard:
-                    tensor = weights.read(name).to(dtype)
+                    with naming(weights.folder):
+                        tensor = weights.read(name).to(dtype)
                     handle.write(tensor.flatten().view(torch.uint8).numpy().data)
                     bar.update(sizes[name])
     if len(files) > 1:

@@ -149,6 +149,11 @@ def _existing(cfg: DatasetConfig, say: Say) -> dict[str, Any] | None:
     for section in cfg.sources:
         check_source(section.paths[0])
     out = Path(cfg.out).absolute()
+    if out.is_symlink() and not (out / MANIFEST).is_file():
+        raise ConfigError(
+            f"out {cfg.out} is a link, which the dataset would take the place of; name the folder "
+            "that it leads to, or remove the link"
+        )
     if not (out / MANIFEST).is_file():
         if out.is_file() or (out.exists() and any(out.iterdir())):
             raise ConfigError(
@@ -175,6 +180,12 @@ def _work_folder(cfg: DatasetConfig, is_shared: bool) -> Iterator[tuple[WorkFold
     """The folder of unfinished work, and the lock on it, which a purge of old files may remove."""
     out = Path(cfg.out).absolute()
     work = WorkFolder(out.with_name(f".{out.name}.partial"))
+    if work.path.is_symlink() or (work.path.exists() and not work.path.is_dir()):
+        what = "a link" if work.path.is_symlink() else "no folder"
+        raise ConfigError(
+            f"{work.path}, where the unfinished work on {cfg.out} lies, is {what}; it is cleared "
+            "and becomes the dataset, so move that away, or name another out"
+        )
     work.path.mkdir(parents=True, exist_ok=True)
     with locked(work.lock, is_shared) as lock:
         yield work, lock

@@ -26,6 +26,7 @@ from phi3v.data.packing import Position
 from phi3v.errors import CheckpointError, ConfigError
 from phi3v.printing import print
 from phi3v.replay.steps import TakenStep
+from phi3v.shapes import fault_of
 from phi3v.training import zero
 from phi3v.training.checkpoints.resuming import Choice, choose, restore
 from phi3v.training.checkpoints.saving import Progress
@@ -33,6 +34,7 @@ from phi3v.training.checkpoints.store import step_name, steps_saved
 from phi3v.training.loop import StepResult, train_step
 from phi3v.training.opening import Run, place_run
 from phi3v.training.ranks import Ranks
+from phi3v.training.run_folder import METRICS
 from phi3v.training.session import build, check_data, seed
 
 Line = Mapping[str, Any]
@@ -58,6 +60,7 @@ class Again:
         with contextlib.closing(loader.steps(self.done.position, left_out=left_out)) as steps:
             while self.done.step < last:
                 step, line = next(steps), self.taken.lines[self.done.step + 1]
+                self._check(line)
                 if "at" in line and Position(**line["at"]) != step.at:
                     raise CheckpointError(
                         f"step {line['step']} of {run.folder.path} was at {line['at']}, after its "
@@ -68,6 +71,13 @@ class Again:
                 result = train_step(run, self.engine, loader, step, line["lr"], limit)
                 self.done = Progress(self.done.step + 1, step.after)
                 yield line, result
+
+    def _check(self, line: Line) -> None:
+        if fault := fault_of(line, {"lr": object, "grad_norm": object}):
+            raise CheckpointError(
+                f"{self.run.folder.path / METRICS} {fault} at step {line['step']}, which cannot be "
+                "taken again without it; bring the file back from a copy"
+            )
 
 
 @contextlib.contextmanager

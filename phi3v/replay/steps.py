@@ -28,10 +28,9 @@ from phi3v.export import read_run
 from phi3v.stored import read_object
 from phi3v.training.base_model import model_digest
 from phi3v.training.opening import plan_steps
-from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT, METRICS, RunFolder
+from phi3v.training.run_folder import COUNTED, DATA, DEEPSPEED, ENVIRONMENT, METRICS, RunFolder
 
 MOVED = ("data.shards", "model.path")  # what of a run may lie elsewhere today
-COUNTS = ("samples", "tokens", "label_tokens", "views")  # of a line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def sequence_of(cfg: RunConfig, plan: Plan) -> Plan | OnePack:
 def counts(dataset: Dataset | Mixture, packs: Sequence[np.ndarray]) -> dict[str, int]:
     """What metrics.jsonl counts of a step's packs."""
     samples = np.concatenate(packs)
-    sizes = {name: int(getattr(dataset, name)[samples].sum()) for name in COUNTS[1:]}
+    sizes = {name: int(getattr(dataset, name)[samples].sum()) for name in COUNTED[1:]}
     return {"samples": len(samples), **sizes}
 
 
@@ -117,7 +116,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 def _read_lines(folder: RunFolder, number: int) -> dict[int, dict[str, Any]]:
     """The lines of metrics.jsonl up to a step."""
-    lines = {line["step"]: line for line in folder.read_metrics()}
+    lines = {line["step"]: line for line in folder.read_metrics(COUNTED)}
     if number not in lines:
         done = f"{max(lines):,} steps" if lines else "no step"
         raise ConfigError(
@@ -209,11 +208,11 @@ def _by_counting(
 
 def _fits(line: Mapping[str, Any], planned: PlannedStep, dataset: Dataset | Mixture) -> bool:
     found = counts(dataset, planned.packs)
-    return all(line[name] == found[name] for name in COUNTS)
+    return all(line[name] == found[name] for name in COUNTED)
 
 
 def _difference(line: Mapping[str, Any], planned: PlannedStep, dataset: Dataset | Mixture) -> str:
     """What a line says of its step and what the plan has, in words."""
     found = counts(dataset, planned.packs)
-    written, has = (", ".join(f"{c[name]:,} {name}" for name in COUNTS) for c in (line, found))
+    written, has = (", ".join(f"{c[name]:,} {name}" for name in COUNTED) for c in (line, found))
     return f"it had {written}, the plan has {has} at {planned.at}"

@@ -15,12 +15,17 @@ import numpy as np
 
 from phi3v.data.packing import Position
 from phi3v.lines import append_line, read_lines, write_lines
+from phi3v.shapes import COUNT, NUMBER
 
 HISTORY = 32  # steps whose losses tell what is usual; over 64 a fast fall is no line any more
 NEEDED = 16  # of them at least, before anything is a spike
 TO_DEVIATION = 1.4826  # a normal distribution's standard deviation over its median deviation
 FLOOR = 0.01  # of the expected loss: equal losses would make any other a spike
 LEAST = 0.001  # nats, for a loss that has fallen to rounding
+
+PLACE = {"epoch?": COUNT, "window?": COUNT, "step?": COUNT, "*": ()}  # a Position
+SKIPPED = {"step": COUNT, "at": PLACE, "reason": str, "loss?": (NUMBER, None), "left_out?": ()}
+FAULT = (SKIPPED, {"back_to": COUNT, "left_out": [PLACE]})
 
 MAX_ROLLBACKS = 3  # to one checkpoint; then the weights themselves are at fault
 
@@ -74,7 +79,7 @@ class FaultLog:
     path: Path
 
     def read(self) -> list[dict[str, Any]]:
-        return read_lines(self.path)
+        return read_lines(self.path, kind=FAULT)
 
     def keep(self, last_step: int) -> None:
         """Drop the lines of steps that are about to be repeated, which those left out are not."""

@@ -58,12 +58,13 @@ ADVICE = {  # to errors of the machine, which are no defects of this program
         "make room or give the right to write there, then",
     ),
     **dict.fromkeys(
-        (errno.EIO, errno.ESTALE, errno.ENODEV, errno.EREMOTEIO),
+        (errno.EIO, errno.ESTALE, errno.ENODEV, errno.EREMOTEIO, errno.EUCLEAN, errno.EBADMSG),
         "look after the disk or the server that it is on, then",
     ),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), then"
     ),
+    errno.ENOMEM: "free memory, or take fewer workers, then",
     **dict.fromkeys(
         (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP),
         "something of another kind has the name of a file or folder of this command: move it away, "

@@ -29,6 +29,7 @@ from phi3v.training.run_folder import (
     ENVIRONMENT,
     PREDICTIONS,
     REPORT,
+    TOTALLED,
     RunFolder,
 )
 from phi3v.training.stop_if import goodness, value_of
@@ -55,7 +56,7 @@ def write_results(
 
     Returns how the run diverged, None if it did not.
     """
-    steps = folder.read_metrics()
+    steps = folder.read_metrics(TOTALLED)
     diverged = divergence(steps)
     summary = {
         "is_finished": is_finished,
@@ -195,11 +196,11 @@ def throughput(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
     def rate(name: str) -> float | None:
-        return sums[name] / sums["step_seconds"] if counted else None
+        return sums[name] / sums["step_seconds"] if sums["step_seconds"] else None
 
     def mean(name: str, weight: str | None = None) -> float | None:
         values = [step[name] for step in counted]
-        weights = [step[weight] for step in counted] if weight else None
+        weights = [step[weight] for step in counted] if weight and sums[weight] else None
         return None if not values or None in values else float(np.average(values, weights=weights))
 
     return {

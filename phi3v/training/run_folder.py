@@ -5,7 +5,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,9 +19,11 @@ from phi3v.errors import CheckpointError, ConfigError
 from phi3v.files import sync, write_json, write_text
 from phi3v.lines import append_line, read_lines
 from phi3v.locks import Lock, take
+from phi3v.reading import kind_at
+from phi3v.shapes import COUNT, NUMBER
 from phi3v.stored import read_object
 from phi3v.training.base_model import model_digest
-from phi3v.training.faults import FaultLog
+from phi3v.training.faults import PLACE, FaultLog
 
 CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
     "config.yaml deepspeed.json environment.json data.json".split()
@@ -29,6 +31,37 @@ CONFIG, DEEPSPEED, ENVIRONMENT, DATA = (
 METRICS, SUMMARY, REPORT = "metrics.jsonl summary.json report.html".split()
 PREDICTIONS, CHECKPOINTS = "predictions.jsonl checkpoints".split()
 EVALUATIONS, FAULTS, LOCK = "evaluations.jsonl faults.jsonl .lock".split()
+PERHAPS = (NUMBER, None)  # what is not finite is written as null
+COUNTED = ("samples", "tokens", "label_tokens", "views")
+STEP = {  # a line of metrics.jsonl
+    "step": COUNT,
+    "loss": PERHAPS,
+    "grad_norm?": PERHAPS,
+    "skipped?": (str, None),
+    "at?": PLACE,
+    "ranks?": COUNT,
+    "epoch?": COUNT,
+    "is_warmup?": bool,
+    "lr?": {"*": NUMBER},
+    "grad_norms?": ({"*": PERHAPS}, None),
+    **{f"{name}?": COUNT for name in COUNTED},
+    **{f"{name}?": NUMBER for name in ("step_seconds", "data_wait_seconds", "flops", "memory_gb")},
+    "*": PERHAPS,
+}
+SCORE = {"value": PERHAPS, "low?": PERHAPS, "high?": PERHAPS, "n?": COUNT, "*": (NUMBER, str, None)}
+EVALUATED = {  # a line of evaluations.jsonl
+    "step": COUNT,
+    "loss": PERHAPS,
+    "metrics": {"*": SCORE},
+    "loss_rows?": (COUNT, None),
+    "split?": (str, None),
+    "unanswered?": (COUNT, None),
+}
+TOTALLED = (  # keys of each step that a run's summary is made of
+    *COUNTED,
+    *("step_seconds", "data_wait_seconds", "flops", "mfu", "packing", "balance", "memory_gb"),
+)
+APPENDED = (METRICS, EVALUATIONS, FAULTS)  # the others are replaced, with a link itself
 LOCK_SECONDS = 10.0  # that an owner may take to end
 FILES = (  # that a run writes, all of them
     *(CONFIG, DEEPSPEED, ENVIRONMENT, DATA, METRICS, SUMMARY, REPORT, EVALUATIONS, FAULTS),
@@ -95,6 +128,8 @@ class RunFolder:
     def check_names(self) -> None:
         """Refuse a folder where a file of the run belongs, and a file where a folder does.
 
+        And a link in the place of a file that the run adds to: it may lead to anybody's.
+
         Raises: ConfigError naming it.
         """
         folders = [self.path, self.checkpoints]
@@ -102,11 +137,17 @@ class RunFolder:
         files = [self.path / name for name in FILES]
         wrong += [path for path in files if path.exists() and not path.is_file()]
         for path in wrong:
-            kinds = ("a folder", "file") if path in files else ("no folder", "folder")
+            meant = "file" if path in files else "folder"
             raise ConfigError(
-                f"{path} is {kinds[0]}, where a run has a {kinds[1]}; move it away, or name "
+                f"{path} is {kind_at(path)}, where a run has a {meant}; move it away, or name "
                 "another run.out"
             )
+        for path in (self.path / name for name in APPENDED):
+            if path.is_symlink():
+                raise ConfigError(
+                    f"{path} is a link, and a run writes to no file of another name; move it away, "
+                    "or name another run.out"
+                )
 
     def check_owner(self) -> None:
         """Refuse to go on where another start has become the owner; only after `lock`.
@@ -186,9 +227,12 @@ class RunFolder:
         write_json(self.path / DATA, data)
         write_text(self.path / CONFIG, dump_yaml(cfg))  # last: with it the folder is a run's
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The steps done so far; the end of a line that a crash cut off is no step."""
-        return read_lines(self.path / METRICS)
+    def read_metrics(self, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The steps done so far; the end of a line that a crash cut off is no step.
+
+        needs  keys that each line must have; older runs wrote fewer of them
+        """
+        return read_lines(self.path / METRICS, kind=dict.fromkeys(needs, object) | STEP)
 
     @property
     def metrics_bytes(self) -> int:
@@ -221,7 +265,7 @@ class RunFolder:
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """What the evaluations gave so far, the last of a step that was repeated."""
-        found = read_lines(self.path / EVALUATIONS)
+        found = read_lines(self.path / EVALUATIONS, kind=EVALUATED)
         return list({entry["step"]: entry for entry in found}.values())
 
     def add_evaluation(self, step: int, **found: Any) -> dict[str, Any]:

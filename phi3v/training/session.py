@@ -29,7 +29,7 @@ from phi3v.training.meeting import Turn
 from phi3v.training.opening import Run, describe_data, describe_length, dtype_of, load_model
 from phi3v.training.optimizer import parameter_groups
 from phi3v.training.results import best_scores, write_results
-from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT
+from phi3v.training.run_folder import CONFIG, DATA, DEEPSPEED, ENVIRONMENT, REPORT, TOTALLED
 from phi3v.training.stop_if import reason_to_end
 from phi3v.training.stopping import StopRequests
 from phi3v.training.tracking import Tracker, open_tracker
@@ -192,6 +192,7 @@ def check_data(run: Run, manifest: dict[str, Any]) -> None:
 def forget_later_steps(run: Run, done: Progress, manifest: dict[str, Any]) -> None:
     """Drop the records of steps that are about to be repeated."""
     run.folder.cut_metrics(manifest.get("metrics_bytes", 0))
+    run.folder.read_metrics(TOTALLED)  # at its end the run could not sum them up
     run.folder.faults.keep(done.step)
 
 

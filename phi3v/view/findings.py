@@ -1,5 +1,6 @@
 """What the label audit found, and which rows were rejected: the parts that ask for attention."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,8 +10,10 @@ from typing import Any
 from phi3v.data.audit import SUSPICIONS, describe_answers
 from phi3v.data.format import PREPARE_AGAIN, REJECTED, advice
 from phi3v.errors import ShardError
-from phi3v.lines import numbered_lines, parse_line
+from phi3v.lines import numbered_lines, read_record
+from phi3v.shapes import COUNT
 
+REJECTION = {"reason": str, "source": str, "row": COUNT, "id": object}  # an id is any JSON
 EXAMPLES = 3  # rejected rows shown of each reason
 
 
@@ -85,8 +88,9 @@ def _reason(reason: str, count: int, examples: Sequence[Mapping[str, Any]]) -> s
     )
 
 
-def _id(name: str | None) -> str:
-    return "" if name is None else f", id <code>{escape(name)}</code>"
+def _id(name: Any) -> str:
+    text = name if isinstance(name, str) else json.dumps(name)
+    return "" if name is None else f", id <code>{escape(text)}</code>"
 
 
 def _read(path: Path, expected: int) -> tuple[Counter[str], dict[str, list[dict[str, Any]]]]:
@@ -94,7 +98,7 @@ def _read(path: Path, expected: int) -> tuple[Counter[str], dict[str, list[dict[
     examples: dict[str, list[dict[str, Any]]] = {}
     try:
         for _, line in numbered_lines(path):
-            entry = parse_line(line)
+            entry = read_record(line, REJECTION)
             reason = entry["reason"].partition(":")[0]
             counts[reason] += 1
             if counts[reason] <= EXAMPLES:

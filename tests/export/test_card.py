@@ -250,7 +250,7 @@ def test_what_a_run_went_through_is_told(run: Path, tmp_path: Path) -> None:
     """That it diverged, that it saw one pack alone, and how many samples up to this step."""
     assert "diverged" not in card_of(run, tmp_path / "out")
     (run / "summary.json").write_text(json.dumps({"diverged": "the loss was 1 at first, and 9"}))
-    lines = [{"step": step, "samples": 10} for step in (1, 2, 3, 4)]
+    lines = [{"step": step, "loss": 1.0, "samples": 10} for step in (1, 2, 3, 4)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     edit_recipe(run, "debug.overfit_one_pack=true")
     card = card_of(run, tmp_path / "out")

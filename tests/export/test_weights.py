@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from phi3v.errors import CheckpointError
 from phi3v.export import export, open_run
-from phi3v.export.weights import file_names, plan_shards
+from phi3v.export.weights import file_names, plan_shards, write_weights
 from phi3v.model import Phi3VForCausalLM
 from phi3v.training.checkpoints.reading import _stretches, open_weights
 from tests.export.runs import expected, move_run, read, weights_of
@@ -27,6 +27,13 @@ def split(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("split") / "out"
     export(made, out, shard_bytes=SHARD)
     return out
+
+
+def test_a_disk_that_fills_is_told_with_the_file(made: Path, tmp_path: Path) -> None:
+    weights = open_weights(made / "checkpoints", 2)
+    (tmp_path / "model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left.*/model.safetensors"):
+        write_weights(weights, list(weights.shapes()), torch.float32, tmp_path)
 
 
 def test_every_weight_is_read_from_all_ranks_in_float32(made: Path, tiny_model: Path) -> None:

@@ -243,6 +243,28 @@ def test_what_is_no_dataset_is_not_replaced(
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["out", ".out.partial"])
+def test_a_link_to_somebodys_folder_is_neither_filled_nor_cleared(
+    tmp_path: Path, source: Path, tiny_model: Path, name: str
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    if name == ".out.partial":  # an out that leads to a folder with files is no dataset
+        (tmp_path / "theirs/thesis.txt").touch()
+    before = list((tmp_path / "theirs").iterdir())
+    (tmp_path / name).symlink_to(tmp_path / "theirs")
+    found = refusal(text_recipe(tiny_model, source, tmp_path / "out"))
+    assert str(tmp_path / name) in found and "is a link" in found
+    assert list((tmp_path / "theirs").iterdir()) == before
+
+
+def test_a_file_in_the_place_of_unfinished_work_is_refused(
+    tmp_path: Path, source: Path, tiny_model: Path
+) -> None:
+    (tmp_path / ".out.partial").touch()
+    found = refusal(text_recipe(tiny_model, source, tmp_path / "out"))
+    assert f"{tmp_path}/.out.partial, where the unfinished work on {tmp_path}/out lies, is" in found
+
+
 def test_out_may_be_an_empty_folder_or_the_current_one(
     tmp_path: Path, source: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -350,6 +350,7 @@ def test_a_disk_that_cannot_be_written_to_is_one_line_and_code_2(
         (errno.EIO, "look after the disk or the server that it is on, then start the same"),
         (errno.ESTALE, "look after the disk or the server that it is on, then start the same"),
         (errno.EMFILE, "raise the limit of open files (ulimit -n), then start the same"),
+        (errno.ENOMEM, "free memory, or take fewer workers, then start the same"),
         (errno.EISDIR, "something of another kind has the name of a file or folder of this"),
         (errno.ENOTDIR, "something of another kind has the name of a file or folder of this"),
     ],

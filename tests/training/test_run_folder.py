@@ -104,8 +104,26 @@ def test_a_file_where_a_folder_of_the_run_belongs_is_refused(tmp_path: Path, nam
     wrong = run / name
     wrong.parent.mkdir(exist_ok=True)
     wrong.touch()
-    with pytest.raises(ConfigError, match=f"^{wrong} is no folder, where a run has a folder; move"):
+    with pytest.raises(ConfigError, match=f"^{wrong} is a file, where a run has a folder; move"):
         RunFolder(run).lock()
+
+
+def test_a_pipe_where_a_file_of_the_run_belongs_is_called_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "report.html")
+    with pytest.raises(ConfigError, match="report.html is a pipe, where a run has a file; move"):
+        RunFolder(tmp_path).lock()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl", "faults.jsonl"])
+def test_a_link_in_the_place_of_a_file_that_a_run_adds_to_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "notes").write_text("mine\n")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "notes")
+    with pytest.raises(ConfigError, match=f"{name} is a link, and a run writes to no file of anot"):
+        RunFolder(tmp_path / "run").lock()
+    assert (tmp_path / "notes").read_text() == "mine\n"
 
 
 def test_a_lock_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:

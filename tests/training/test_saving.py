@@ -1,5 +1,6 @@
 """A run keeps its best checkpoint, and is taken up with the random numbers that were to come."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,3 +126,11 @@ def test_the_random_state_of_the_device_is_saved_and_restored(
     device["state"] = torch.tensor([4, 5, 6])
     resuming.set_random_states(states)
     assert device["state"].tolist() == [1, 2, 3]
+
+
+def test_the_scripts_beside_checkpoints_are_no_way_to_the_files_of_others(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "zero_to_fp32.py").symlink_to(tmp_path / "notes")
+    os.mkfifo(tmp_path / "zero_to_torch.py")
+    saving.remove_scripts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]

@@ -22,6 +22,7 @@ from phi3v.training.checkpoints.store import (
     named_step,
     publish,
     read_manifest,
+    read_pointer,
     step_name,
     steps_saved,
     write_manifest,
@@ -293,3 +294,8 @@ def test_a_manifest_that_the_machine_cannot_read_is_not_damaged(
     monkeypatch.setattr(Path, "open", failing)
     with pytest.raises(MachineError, match=f"{MANIFEST} cannot be read .Stale file handle"):
         find_damage(checkpoint)
+
+
+def test_a_pointer_of_any_size_is_read_as_a_name(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("x" * 100_000)
+    assert len(read_pointer(tmp_path, "latest") or "") == 256

@@ -91,6 +91,7 @@ class Saver:
         if self.ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            remove_scripts(self.folder)
         torch.distributed.barrier()
         self.writer.begin(partial)
         state = {"step": progress.step, "position": asdict(progress.position)}
@@ -182,6 +183,16 @@ def _marker(rank: int) -> str:
 
 def random_name(rank: int) -> str:
     return f"random-{rank:05d}.pt"
+
+
+def remove_scripts(folder: Path) -> None:
+    """Remove the scripts beside checkpoints, which DeepSpeed copies there at each save.
+
+    It writes to what has their names: to a file of anybody, where that is a link.
+    """
+    for path in folder.glob("zero_to_*.py"):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
 
 
 def random_states() -> dict[str, Any]:

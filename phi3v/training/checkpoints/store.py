@@ -30,7 +30,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from phi3v.errors import CheckpointError
+from phi3v.errors import CheckpointError, naming
 from phi3v.files import sha256, sync, sync_tree, write_json, write_text
 from phi3v.output import say
 from phi3v.reading import is_of_machine, machine_error, retried
@@ -38,6 +38,7 @@ from phi3v.stored import parse_file
 
 LATEST, BEST, MANIFEST = "latest", "best", "manifest.json"
 FORMAT = 1  # of the manifest
+MOST_POINTED = 256  # bytes of a name
 SEAL = "manifest_sha256"  # key of the manifest's digest over all its other keys
 # Key of a universal form's manifest: the digest of its checkpoint's, which has that of each file.
 MADE_FROM = "made_from"
@@ -146,7 +147,10 @@ def named_step(folder: Path, name: str | None) -> int | None:
 def read_pointer(folder: Path, pointer: str) -> str | None:
     """The name that `latest` or `best` holds, None where there is no such file."""
     path = folder / pointer
-    return path.read_text("utf-8", errors="replace").strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with naming(path), path.open("rb") as file:
+        return file.read(MOST_POINTED).decode(errors="replace").strip()
 
 
 def write_manifest(

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.lines import append_line, read_lines, write_lines
+from phi3v.shapes import COUNT
 from phi3v.training.tracking.sinks import Artifact, Histogram, Table
 
 EVENTS = "events.jsonl"
+EVENT = (
+    {"event": str, "step": COUNT, "name": str},
+    {"event": str, "step": COUNT, "values": dict},  # of the config, which has no name
+)
 
 
 class JsonSink:
@@ -47,7 +52,7 @@ class JsonSink:
         self._add("artifact", step, name="checkpoint", aliases=artifact.aliases, **where)
 
     def forget_after(self, step: int) -> None:
-        events = read_lines(self._path)
+        events = read_lines(self._path, kind=EVENT)
         kept = [event for event in events if event["step"] <= step]
         if len(kept) < len(events):
             write_lines(self._path, kept)
