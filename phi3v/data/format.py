@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from phi3v.data.shape import fault_of
 from phi3v.errors import ShardError
 from phi3v.reading import is_of_machine
 from phi3v.stored import parse_file
@@ -104,6 +105,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; "
             f"{PREPARE_AGAIN}"
         )
+    if fault := fault_of(manifest):
+        raise ShardError(f"{path} cannot be used: {fault}; {PREPARE_AGAIN}")
     return manifest
 
 

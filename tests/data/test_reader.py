@@ -320,3 +320,34 @@ def test_the_advice_fits_what_the_system_says_of_a_shard(
         dataset.read_into(0, buffer)
     assert os.strerror(number) in str(caught.value) and advice in str(caught.value)
     assert (PREPARE_AGAIN in str(caught.value)) == (number == errno.ENOENT)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "fault"),
+    [
+        (("splits",), [], "splits must be an object, it is a list"),
+        (("splits", "train", "samples"), "2", "splits.train.samples must be a whole number from 0"),
+        (("splits", "train", "index", "bytes"), None, "splits.train.index.bytes must be a whole"),
+        (("splits", "train", "shards", 0, "file"), "../a", "shards.0.file must be the name of a"),
+        (("splits", "train", "shards"), [3], "splits.train.shards.0 must be an object"),
+        (("crop_size",), 10**30, "crop_size must be a whole number from 1 to 2,048"),
+        (("image_std",), [0, 1, 1], "image_std.0 must be a number above 0"),
+    ],
+)
+def test_a_manifest_of_wrong_types_or_of_files_elsewhere_is_refused(
+    folder: Path, place: tuple, value: object, fault: str
+) -> None:
+    def change(manifest: dict) -> None:
+        for key in place[:-1]:
+            manifest = manifest[key]
+        manifest[place[-1]] = value
+
+    edit_manifest(folder, change)
+    assert "manifest.json cannot be used: " in refusal(folder)
+    assert fault in refusal(folder)
+
+
+def test_a_shard_that_is_a_pipe_is_not_opened(folder: Path) -> None:
+    (folder / "train-00000.arrow").unlink()
+    os.mkfifo(folder / "train-00000.arrow")
+    assert "train-00000.arrow is not a plain file" in refusal(folder)
