@@ -8,16 +8,25 @@ and draw what they find there, so each says once what that is, and looks at it w
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 COUNT: Final = "a whole number from 0"
 NUMBER: Final = "a finite number"
 LARGEST = 2**53  # whole numbers up to here are the same in every program that reads JSON
-"""A kind is COUNT, NUMBER, None, a class, a tuple of kinds of which one must fit, a list of the
-kind of all elements, or a mapping: of the kinds of keys; `key?` may be absent, and "*" stands for
-all further keys, with () for none."""
+"""A kind is COUNT, NUMBER, None, a class, a `Custom`, a tuple of kinds of which one must fit, a list
+of the kind of all elements, or a mapping: of the kinds of keys; `key?` may be absent, and "*" stands
+for all further keys, with () for none."""
 Kind = Any
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A kind of one's own; `name` says in a message what its values are."""
+
+    name: str
+    fits: Callable[[Any], bool]
 
 
 def fault_of(value: Any, kind: Kind, place: str = "") -> str | None:
@@ -48,6 +57,8 @@ def _fault_of_keys(found: Mapping[str, Any], kinds: Mapping[str, Kind], prefix: 
 def _fits(value: Any, kind: Kind) -> bool:
     if kind is None:
         return value is None
+    if isinstance(kind, Custom):
+        return kind.fits(value)
     if isinstance(kind, type):
         return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -66,4 +77,6 @@ def _shown(value: Any) -> str:
 def _named(kind: Kind) -> str:
     if isinstance(kind, Mapping | list):
         return "an object" if isinstance(kind, Mapping) else "a list"
+    if isinstance(kind, Custom):
+        return kind.name
     return "null" if kind is None else getattr(kind, "__name__", str(kind))

@@ -22,8 +22,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from phi3v.data.shape import SHAPE
 from phi3v.errors import ShardError
 from phi3v.reading import is_of_machine
+from phi3v.shapes import fault_of
 from phi3v.stored import parse_file
 
 FORMAT_VERSION = 2
@@ -104,6 +106,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; "
             f"{PREPARE_AGAIN}"
         )
+    if fault := fault_of(manifest, SHAPE):
+        raise ShardError(f"{path} {fault}; {PREPARE_AGAIN}")
     return manifest
 
 

@@ -5,6 +5,7 @@
 Who reads records and not files compares each with its digest in the index (`Dataset`, "sampled").
 """
 
+import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,14 +36,16 @@ class ListedFile:
     def check_size(self) -> None:
         """Raises: ShardError if the file is missing or has another size."""
         try:
-            size = self.path.stat().st_size
+            found = self.path.stat()
         except FileNotFoundError as error:
             raise ShardError(
                 f"{self.path} is missing though the manifest lists it; {PREPARE_AGAIN}"
             ) from error
         except OSError as error:
             raise ShardError(f"{self.path} cannot be read ({error}); {advice(error)}") from error
-        if size != self.bytes:
+        if not stat.S_ISREG(found.st_mode):
+            raise ShardError(f"{self.path} is not a plain file; {PREPARE_AGAIN}")
+        if (size := found.st_size) != self.bytes:
             raise ShardError(
                 f"{self.path} has {size:,} bytes, the manifest says {self.bytes:,}; {PREPARE_AGAIN}"
             )

@@ -77,7 +77,8 @@ def _scan(
     if row.is_left_out:
         return {"take": 0}, ()
     if isinstance(conversation, SampleError):
-        raise conversation
+        # Itself it would hold this frame and the frame it, and so its row until a collection.
+        raise SampleError(*conversation.args)
     take = _times(part.section.weight, conversation.id, cfg.split.seed)
     if not take:
         return {"take": 0}, ()

@@ -33,6 +33,7 @@ from phi3v.reading import is_of_machine
 UNPACKED_BYTES = 1 << 30  # of what a file holds compressed: a page, a batch
 FEW = 64  # rows of a table in memory at once, at most
 BATCH_BYTES = 1 << 26
+MOST_COLUMNS = 10_000  # with those in structures; each takes about 15 kB while it is read
 
 TEXTS = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")  # of Parquet, of any length
 LIST_BYTES = 8  # of an item, at least, when it is plain
@@ -243,6 +244,7 @@ def _open_parquet(
     """
     with refusing(str(path), PARQUET):
         schema = pq.read_schema(path, memory_map=True)
+        _refuse_wide(schema, str(path))
         needs = needs_of(section, schema.names, also) if section else None
         texts = [f.name for f in used(schema, needs, Use.LOOKED_AT) if is_text(f.type)]
         file = pq.ParquetFile(path, memory_map=True, read_dictionary=texts)
@@ -276,6 +278,7 @@ def _open_file(
     also: Collection[str | None],
 ) -> TableRows:
     schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
+    _refuse_wide(schema, str(path))
     needs = needs_of(section, schema.names, also) if section else None
     reader = pa.ipc.open_file(pa.memory_map(str(path)), options=_options(schema, needs))
 
@@ -304,6 +307,7 @@ def open_streams(
     def stream(path: Path) -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(path)) as file:
             schema = pa.ipc.open_stream(file).schema
+        _refuse_wide(schema, name)
         needs = needs_of(section, schema.names, also) if section else None
         with pa.memory_map(str(path)) as file:
             batches = pa.ipc.open_stream(file, options=_options(schema, needs))
@@ -312,6 +316,22 @@ def open_streams(
     with refusing(name, ARROW):
         sizes = state["sizes"] if state else [sum(b.num_rows for b in stream(f)) for f in files]
         return TableRows(name, ARROW, files, sizes, lambda k: stream(files[k]))
+
+
+def _refuse_wide(schema: pa.Schema, name: str) -> None:
+    """Refuse a table of more columns than can be read: where memory runs out between them, Arrow
+    ends the process.
+    """
+    count, kinds = 0, [field.type for field in schema]
+    while kinds:
+        kind = kinds.pop()
+        kinds += [kind.field(k).type for k in range(kind.num_fields)]
+        count += not kind.num_fields
+        if count > MOST_COLUMNS:
+            raise ConfigError(
+                f"source.path {name} has more than {MOST_COLUMNS:,} columns, the fields of "
+                "structures counted; write it again with those that are needed"
+            )
 
 
 def _options(schema: pa.Schema, needs: Needs | None) -> pa.ipc.IpcReadOptions:

@@ -116,7 +116,10 @@ def bounded(
     with _lock:
         answer = _answer(function, data, arguments, seconds)
     if isinstance(answer, Exception):
-        raise answer
+        try:
+            raise answer
+        finally:
+            del answer  # it holds this frame, and so `data`, until it is dropped itself
     return answer
 
 

@@ -100,7 +100,7 @@ def test_a_folder_without_a_manifest_is_no_dataset(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", '{"format_version": 1', "\u00e4", "\x00"])
 def test_a_manifest_that_is_no_json_is_named(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
-    assert refusal(folder).startswith(f"{folder}/manifest.json is not valid JSON (")
+    assert refusal(folder).startswith(f"{folder}/manifest.json is not valid JSON")
 
 
 @pytest.mark.parametrize("version", [0, 1, "2", None])
@@ -111,7 +111,7 @@ def test_another_format_version_is_refused(folder: Path, version: object) -> Non
 
 def test_a_manifest_that_is_a_list_is_refused(folder: Path) -> None:
     (folder / "manifest.json").write_text("[]")
-    assert "has format_version None" in refusal(folder)
+    assert "manifest.json is a list, not an object of JSON" in refusal(folder)
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones(folder: Path) -> None:
@@ -320,3 +320,46 @@ def test_the_advice_fits_what_the_system_says_of_a_shard(
         dataset.read_into(0, buffer)
     assert os.strerror(number) in str(caught.value) and advice in str(caught.value)
     assert (PREPARE_AGAIN in str(caught.value)) == (number == errno.ENOENT)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "fault"),
+    [
+        (("splits",), [], "has a list as 'splits', not an object"),
+        (
+            ("splits", "train", "samples"),
+            "2",
+            "as 'splits.train.samples', not a whole number",
+        ),
+        (
+            ("splits", "train", "index", "bytes"),
+            None,
+            "as 'splits.train.index.bytes', not a whole",
+        ),
+        (
+            ("splits", "train", "shards", 0, "file"),
+            "../a",
+            "as 'splits.train.shards.file', not the name",
+        ),
+        (("splits", "train", "shards"), [3], "has 3 as 'splits.train.shards', not an object"),
+        (("crop_size",), 10**30, "as 'crop_size', not a whole number from 1 to"),
+        (("image_std",), [0, 1, 1], "has 0 as 'image_std', not a number above 0"),
+    ],
+)
+def test_a_manifest_of_wrong_types_or_of_files_elsewhere_is_refused(
+    folder: Path, place: tuple, value: object, fault: str
+) -> None:
+    def change(manifest: dict) -> None:
+        for key in place[:-1]:
+            manifest = manifest[key]
+        manifest[place[-1]] = value
+
+    edit_manifest(folder, change)
+    assert "manifest.json has " in refusal(folder)
+    assert fault in refusal(folder)
+
+
+def test_a_shard_that_is_a_pipe_is_not_opened(folder: Path) -> None:
+    (folder / "train-00000.arrow").unlink()
+    os.mkfifo(folder / "train-00000.arrow")
+    assert "train-00000.arrow is not a plain file" in refusal(folder)

@@ -285,7 +285,7 @@ def test_a_row_of_too_many_values_is_not_made(tmp_path: Path, name: str) -> None
         [row] = open_source(section, tmp_path, also=()).read(0, 1)
         assert row.fault == "is too large: more than 4,000,000 values"
         return
-    with pytest.raises(ConfigError, match="more than 134,217,728 characters or 4,000,000"):
+    with pytest.raises(ConfigError, match=r"more than 134,217,728 characters,? (half|or)"):
         open_source(section, tmp_path, also=())
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from phi3v.addresses import shown_reference, shown_url
 from phi3v.config.dataset import FetchSection, ImagesSection
 from phi3v.errors import ConfigError, MachineError, SampleError
-from phi3v.prepare import web
+from phi3v.prepare import robots, web
 from phi3v.prepare.fetch import ImageCache, local_images
 from phi3v.prepare.images import ImageLoader
 from phi3v.prepare.network import NAT64, is_public
@@ -555,3 +555,18 @@ def test_a_line_of_robots_txt_that_cannot_be_read_is_passed_over(line: str) -> N
     text = f"User-agent: *\n{line}\nDisallow: /closed\n"
     rules = Robots(lambda _: (200, text.encode()))
     assert rules.allow("http://example.org/a") and not rules.allow("http://example.org/closed/a")
+
+
+def test_rules_of_few_origins_are_held_and_who_comes_back_asks_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    rules = Robots(lambda address: asked.append(address) or (200, b"User-agent: *\nDisallow: /x"))
+    monkeypatch.setattr(robots, "MOST_ORIGINS", 2)
+    for host in "abacab":
+        assert rules.allow(f"http://{host}/a") and not rules.allow(f"http://{host}/x")
+    assert [address[7] for address in asked] == ["a", "b", "c", "b"]
+    assert len(rules._rules) == len(rules._asked) == len(rules._asking) == 2
+    monkeypatch.setattr(robots, "MOST_RULES", 3)
+    assert rules.allow("http://d/a") and rules.allow("http://d/b")
+    assert set(rules._rules) == {"http://d"}

@@ -1,10 +1,13 @@
 """Rows and files that ask for far more than they hold: each is refused by name, soon."""
 
+import gc
 import json
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 
 from phi3v.config.dataset import SourceSection
 from phi3v.errors import ConfigError, SampleError
-from phi3v.prepare import inputs, prepare
+from phi3v.prepare import inputs, prepare, scan, tables
 from phi3v.prepare.chats import MOST_TURNS
 from phi3v.prepare.conversations import read_conversation
 from phi3v.prepare.rows import Row
@@ -90,7 +93,44 @@ def test_few_rows_of_long_texts_are_held_at_once(
     assert set(fetched) == {0, 2}
 
 
+def test_a_rejected_row_is_let_go_of_at_once() -> None:
+    row, error = Row(0, {"text": "x" * 1000}), SampleError("too much text")
+    count, was_on = sys.getrefcount(row), gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with suppress(SampleError):
+                scan._scan(SimpleNamespace(cfg=None), None, row, error)  # type: ignore[arg-type]
+        assert sys.getrefcount(row) == count
+    finally:
+        if was_on:
+            gc.enable()
+
+
 # Tables
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "arrows"])
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_a_table_of_very_many_columns_is_refused(
+    tmp_path: Path, suffix: str, is_inner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MOST_COLUMNS", 10)
+    values = {f"c{k}": ["a"] for k in range(10)}
+    inner = pa.StructArray.from_arrays([pa.array(v) for v in values.values()], list(values))
+    few = pa.table({"s": inner} if is_inner else values)
+    path = tmp_path / f"a.{suffix.removesuffix('s')}"
+    for table in (few, few.append_column("more", pa.array(["a"]))):
+        if suffix == "parquet":
+            pq.write_table(table, path)
+        else:
+            new = pa.ipc.new_file if suffix == "arrow" else pa.ipc.new_stream
+            with new(path, table.schema) as writer:
+                writer.write_table(table)
+        if table is few:
+            assert tables.open_table(path).num_rows == 1
+    with pytest.raises(ConfigError, match=r"a\.\w+ has more than 10 columns"):
+        tables.open_table(path)
 
 
 def lists(values: pa.Array) -> pa.Array:

@@ -1,11 +1,13 @@
 """A piece of work takes what it is granted, and nothing of it reaches the next one."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,19 @@ def test_a_sample_error_is_handed_on_and_a_defect_keeps_its_lines() -> None:
         bounded(work.refuse, b"image is odd", seconds=2)
     with pytest.raises(RuntimeError, match=r"(?s)work\.py.*in fail.*ZeroDivisionError"):
         bounded(work.fail, b"", seconds=2)
+
+
+def test_a_picture_that_is_refused_is_let_go_of_at_once() -> None:
+    data, was_on = bytes(1000), gc.isenabled()
+    count = sys.getrefcount(data)
+    gc.disable()
+    try:
+        with suppress(SampleError):
+            bounded(work.refuse, data, seconds=2)
+        assert sys.getrefcount(data) == count
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def test_time_counts_as_far_as_it_is_used() -> None:

@@ -121,3 +121,11 @@ def test_a_png_with_a_second_header_whose_size_pillow_takes_is_not_plain() -> No
     """The first may say 4 x 4 pixels, the second 10,000 x 10,000."""
     small, large = (png_of(side, side, b"\0" * 4, color=0) for side in (2, 10_000))
     assert is_plain(small) and not is_plain(small[:33] + large[8:33] + small[33:])
+
+
+def test_a_jpeg_with_a_long_run_of_filling_bytes_is_not_plain() -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    assert is_plain(data[:-2] + b"\xff" * 100 + data[-2:])
+    assert not is_plain(data[:-2] + b"\xff" * 5000 + data[-2:])
