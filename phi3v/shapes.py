@@ -15,9 +15,9 @@ from typing import Any, Final
 COUNT: Final = "a whole number from 0"
 NUMBER: Final = "a finite number"
 LARGEST = 2**53  # whole numbers up to here are the same in every program that reads JSON
-"""A kind is COUNT, NUMBER, None, a class, a `Custom`, a tuple of kinds of which one must fit, a list
-of the kind of all elements, or a mapping: of the kinds of keys; `key?` may be absent, and "*" stands
-for all further keys, with () for none."""
+"""A kind is COUNT, NUMBER, None, a class, a `Custom`, a tuple of kinds of which one must fit, a
+list of the kind of all elements, or a mapping: of the kinds of keys; `key?` may be absent, and "*"
+stands for all further keys, with () for none."""
 Kind = Any
 
 
