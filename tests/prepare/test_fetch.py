@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpcore
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from phi3v.addresses import shown_reference, shown_url
 from phi3v.config.dataset import FetchSection, ImagesSection
 from phi3v.errors import ConfigError, MachineError, SampleError
-from phi3v.prepare import robots, web
+from phi3v.prepare import network, robots, web
 from phi3v.prepare.fetch import ImageCache, local_images
 from phi3v.prepare.images import ImageLoader
 from phi3v.prepare.network import NAT64, is_public
@@ -279,6 +280,27 @@ def test_a_redirect_to_an_address_that_is_not_allowed_is_refused(
     assert said.startswith(
         f"image URL leads to a private address: {host.url('/inward')}, 127.0.0.2; to fetch"
     )
+
+
+def test_of_a_name_with_several_addresses_only_allowed_ones_are_connected_to(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux answers on all of 127.0.0.0/8: whoever asked 127.0.0.2 would get the picture there."""
+    asked = []
+
+    def is_allowed(address: str) -> bool:
+        return address == "127.0.0.1"
+
+    def connect(self: Any, address: str, port: int, timeout: float) -> Any:
+        asked.append(address)
+        return real(self, address, port, timeout)
+
+    real = httpcore.SyncBackend.connect_tcp
+    monkeypatch.setattr(httpcore.SyncBackend, "connect_tcp", connect)
+    monkeypatch.setattr(network, "_look_up", lambda *_: ["127.0.0.2", "127.0.0.3", "127.0.0.1"])
+    cache = ImageCache(tmp_path, FetchSection(timeout=10, retries=0), is_allowed=is_allowed)
+    assert cache.get(host.url("/good.jpg")) == host.image
+    assert asked == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize(
