@@ -5,7 +5,7 @@ import re
 ADDRESS = re.compile(r"([^:/?#]*:)?([/\\]*)(.*)", re.DOTALL)  # scheme, slashes and the rest
 PLAIN_HOST = re.compile(r"[\w-]+(\.[\w-]+)+\.?(?=[/?#]|\Z)")  # example.org, without a port
 BAD_PORT = re.compile(r"([^/?#\[\]:]*:)(?!\d*([/?#]|\Z))[^/?#]*")  # me:pw, cut off before its @
-DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)  # of Windows
+DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)  # a Windows path
 
 
 def shown_url(url: str) -> str:

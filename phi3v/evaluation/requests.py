@@ -40,7 +40,7 @@ from phi3v.progress import progress
 from phi3v.reading import PLAIN, Reach, is_of_machine, kind_at, machine_error
 
 ASKING = ("prompt", "messages")  # keys of a row, one of which it has
-BATCH_BYTES = 1 << 28  # of canvases
+BATCH_BYTES = 1 << 28  # canvases held at once
 BATCHES = 8  # read at once, so that rows of a length can share a batch
 
 ReadMessages = Callable[[Mapping[str, Any]], tuple[list[Message], list[Any]]]

@@ -25,7 +25,7 @@ from phi3v.pictures import PictureSettings
 from phi3v.stored import read_object
 from phi3v.training.run_folder import DATA, DEEPSPEED, ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
 
-TOLD = (DATA, DEEPSPEED, ENVIRONMENT, SUMMARY, METRICS, EVALUATIONS)  # of a run's records
+TOLD = (DATA, DEEPSPEED, ENVIRONMENT, SUMMARY, METRICS, EVALUATIONS)  # the records it reads
 
 # As docs/serving.md has it.
 PYTHON = """\

@@ -21,7 +21,7 @@ from phi3v.processing import Phi3VProcessor
 from phi3v.processing.decoding import Picture
 from phi3v.processing.keys import ROW_KEYS
 
-BATCH_BYTES = 64 << 20  # of texts and images that stand in the rows themselves, held at once
+BATCH_BYTES = 64 << 20  # texts and inline images of the rows held at once
 
 Item = tuple[Row, Conversation | SampleError]
 """A row, and its conversation or why it has none."""

@@ -30,7 +30,7 @@ from phi3v.stored import read_object
 CARDS = ("README.md", ".huggingface.yaml")  # whose `configs` say what is read of a folder
 LISTS = {"dataset_dict.json": "splits", "state.json": "_data_files"}  # of what `datasets` saved
 OTHERS = ("dataset_infos.json", "dataset_info.json")  # that `datasets` reads as a whole
-MOST_BYTES = 1 << 24  # of each
+MOST_BYTES = 1 << 24  # per file
 PICTURES = frozenset(ImageFolder.EXTENSIONS)  # which no one but `ImageLoader` opens
 
 

@@ -30,14 +30,14 @@ from phi3v.prepare.rows import Row
 from phi3v.prepare.typed import Typed
 from phi3v.reading import is_of_machine
 
-UNPACKED_BYTES = 1 << 30  # of what a file holds compressed: a page, a batch
+UNPACKED_BYTES = 1 << 30  # a page or batch once decompressed
 FEW = 64  # rows of a table in memory at once, at most
 BATCH_BYTES = 1 << 26
 MOST_COLUMNS = 10_000  # with those in structures; each takes about 15 kB while it is read
 
 TEXTS = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")  # of Parquet, of any length
 LIST_BYTES = 8  # of an item, at least, when it is plain
-OBJECT_BYTES = 64  # of a pair or an object, at least, when it is plain
+OBJECT_BYTES = 64  # what a pair or struct takes at least as a Python object
 
 PARQUET, ARROW = "parquet", "arrow"
 
@@ -192,7 +192,7 @@ def _array_bytes(array: pa.Array) -> int:
         parts = (part.slice(array.offsets[0].as_py(), pairs) for part in (array.keys, array.items))
         return OBJECT_BYTES * (len(array) + pairs) + sum(map(_array_bytes, parts))
     if is_list(kind):
-        items = array.flatten()  # of the smallest a list has a pointer, and no more
+        items = array.flatten()  # small ones are shared: a list holds only a pointer to each
         return LIST_BYTES * (len(array) + len(items)) + _array_bytes(items)
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         return (

@@ -8,7 +8,7 @@ the system: of memory MOST_BYTES (RLIMIT_AS), of processor time what the caller 
 piece of work (ITIMER_PROF, which counts the time that it runs, not the time that passes: a busy
 machine changes nothing). A decoder that is caught by the clock ends with its process, and the next
 piece of work starts another. What a piece of work is allowed does not depend on those before it:
-one that fails after another has left memory behind is done once more, in a new process.
+one that fails after another has left memory behind is run again, in a new process.
 """
 
 import atexit
