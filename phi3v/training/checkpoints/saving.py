@@ -123,7 +123,10 @@ class Saver:
             time.sleep(POLL_SECONDS)
 
     def _give_up(self) -> None:
-        """Free the room of a checkpoint that cannot be finished."""
+        """Free the room of a checkpoint that cannot be finished.
+
+        The ranks part when it is free: the first of them to leave with its mistake ends all.
+        """
         self._given_up.set()
         with suppress(CheckpointError):
             self.writer.finish()
@@ -131,6 +134,7 @@ class Saver:
         if self.ranks.is_first:
             for partial in self.folder.glob(".step-*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
+        torch.distributed.barrier()
 
     def tidy(self) -> None:
         """Remove what need not be kept, now that everything is saved and scored."""
