@@ -125,16 +125,17 @@ class Saver:
     def _give_up(self) -> None:
         """Free the room of a checkpoint that cannot be finished.
 
-        The ranks part when it is free: the first of them to leave with its mistake ends all.
+        No rank returns before that: the first to leave with its mistake ends the others at once.
         """
         self._given_up.set()
         with suppress(CheckpointError):
             self.writer.finish()
         torch.distributed.barrier()
-        if self.ranks.is_first:
-            for partial in self.folder.glob(".step-*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
-        torch.distributed.barrier()
+        zero.first_rank_does(self._remove_partials, self.ranks.is_first)
+
+    def _remove_partials(self) -> None:
+        for partial in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def tidy(self) -> None:
         """Remove what need not be kept, now that everything is saved and scored."""
