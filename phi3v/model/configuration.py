@@ -82,7 +82,7 @@ class Phi3VConfig(Phi3Config):
     def from_pretrained(cls, path: Any, **where: Any) -> "Phi3VConfig":
         """The configuration of a model folder or hub name.
 
-        Raises: ConfigError if there is no config.json, or it describes another kind of model.
+        Raises: ConfigError if config.json is missing or describes another kind of model.
         """
         own = Path(path, where.get("subfolder") or "", "config.json")
         try:

@@ -7,8 +7,8 @@ has Python, numpy and Pillow in it and no torch (0.3 s, 40 MB), and what it take
 the system: of memory MOST_BYTES (RLIMIT_AS), of processor time what the caller grants for this one
 piece of work (ITIMER_PROF, which counts the time that it runs, not the time that passes: a busy
 machine changes nothing). A decoder that is caught by the clock ends with its process, and the next
-piece of work starts another. What a piece of work is allowed does not depend on those before it:
-one that fails after another has left memory behind is run again, in a new process.
+piece of work starts another. What a piece of work is allowed does not depend on those before it: if
+it fails while memory that they left is still held, it is run again in a new process.
 """
 
 import atexit

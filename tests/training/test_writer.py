@@ -136,7 +136,7 @@ def test_memory_is_kept_from_checkpoint_to_checkpoint(tmp_path: Path) -> None:
         writer.save(state, str(tmp_path / "a.pt"))
 
     writer, prepared = Writer(), Writer()
-    ctypes.CDLL(None).malloc_trim(0)  # else it may be what tests before have left, pages included
+    ctypes.CDLL(None).malloc_trim(0)  # or the copy gets pages that earlier tests have freed
     assert page_faults(lambda: copy(writer)) > 16_000
     assert page_faults(lambda: copy(writer)) < 1000
     prepared.prepare(state)
