@@ -68,16 +68,17 @@ def test_what_one_piece_has_used_is_not_counted_to_the_next() -> None:
 
 
 def test_memory_is_held_at_the_limit() -> None:
-    assert bounded(work.take, b"", MOST_BYTES // 2, seconds=2) == MOST_BYTES // 2
+    assert bounded(work.take, b"", MOST_BYTES // 2, seconds=10) == MOST_BYTES // 2
+    # Python gives arenas of 1 MiB back when they are empty, so the process may have shrunk.
     with pytest.raises(Overspent, match="takes more than 900 MB of memory"):
-        bounded(work.take, b"", MOST_BYTES, seconds=2)
+        bounded(work.take, b"", MOST_BYTES + LEFT_BYTES, seconds=10)
 
 
 @pytest.mark.parametrize("take", [work.take, work.take_or_refuse])
 def test_memory_that_stays_behind_narrows_nothing(take: Callable[[bytes, int], int]) -> None:
-    bounded(work.keep, b"", MOST_BYTES // 2, seconds=2)
+    bounded(work.keep, b"", MOST_BYTES // 2, seconds=10)
     most = MOST_BYTES - LEFT_BYTES
-    assert bounded(take, b"", most, seconds=2) == most
+    assert bounded(take, b"", most, seconds=10) == most
 
 
 def test_a_crash_is_the_pictures_and_a_kill_is_not() -> None:
