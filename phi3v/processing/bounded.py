@@ -31,7 +31,7 @@ from phi3v.errors import Phi3VError, SampleError
 Result = TypeVar("Result")
 
 MOST_BYTES = 900_000_000
-"""Of memory for one piece of work, beyond what the process has when it starts."""
+"""Of memory for one piece of work, beyond the least that the process has had before it."""
 
 LEFT_BYTES = 1 << 23
 """Of memory that stays behind and makes no difference, 1 % of what a piece of work may take."""
@@ -179,13 +179,14 @@ def serve(handle: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends at Ctrl-C, and this with it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)  # libtiff tells it of every damaged tag
-    start = _size()
-    _allow(start + MOST_BYTES)
+    least = _size()  # it shrinks where Python or malloc give back what they do not use
     with socket.socket(fileno=handle) as way:
         try:
             while True:
+                least = min(least, _size())
+                _allow(least + MOST_BYTES)
                 answer = _worked(way)
-                _send(way, (answer, _size() - start))
+                _send(way, (answer, _size() - least))
         except EOFError:
             return
 

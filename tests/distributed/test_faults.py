@@ -17,9 +17,8 @@ from tests.tiny import turn, write_jsonl
 pytestmark = pytest.mark.slow
 
 STRANGE = "row 7"
-STEPS = (
-    44  # four epochs: the strange row may come last in one, and before step 17 nothing is a spike
-)
+# Four epochs: in one of them the strange row comes after step 16, before which nothing is a spike.
+STEPS = 44
 SPIKE = 2.0
 
 

@@ -1,5 +1,7 @@
 """Pieces of work for test_bounded.py, which the other process imports: so no torch here."""
 
+import ctypes
+import gc
 import os
 import sys
 import time
@@ -44,6 +46,12 @@ def spin_for(data: bytes, seconds: float) -> None:
 
 def take(data: bytes, size: int) -> int:
     return len(np.ones(size, np.uint8))
+
+
+def give_back(data: bytes) -> None:
+    """Give the system back what Python and malloc hold and do not use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep(data: bytes, size: int) -> None:
